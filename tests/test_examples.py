@@ -1,0 +1,39 @@
+"""Every example is listed here and runs at a small size, with warnings as errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# The arguments that make an example small.
+SMALL = {}
+
+WARNINGS = [
+    "error",
+    "ignore::FutureWarning:arviz",  # its first import of the day announces version 1
+]
+
+
+def test_every_example_is_listed():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_runs(name, tmp_path):
+    flags = [part for warning in WARNINGS for part in ("-W", warning)]
+    done = subprocess.run(
+        [sys.executable, *flags, str(EXAMPLES / name), *SMALL[name].split()],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "an example prints its result"
