@@ -1,0 +1,31 @@
+"""Energy-based models as full citizens of Pyro."""
+
+from pyro_ebm import energy, infer, kernels, partition, zoo
+from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
+from pyro_ebm.diagnostics import to_arviz
+from pyro_ebm.distribution import Flat, GibbsBoltzmann
+from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
+from pyro_ebm.infer import audit
+from pyro_ebm.partition import LogPartition, log_partition
+
+__version__ = "0.1.0"
+__all__ = [
+    "Energy",
+    "Flat",
+    "GibbsBoltzmann",
+    "Given",
+    "LogPartition",
+    "Scaled",
+    "Sum",
+    "UnnormalizedError",
+    "UnnormalizedWarning",
+    "audit",
+    "energy",
+    "force",
+    "infer",
+    "kernels",
+    "log_partition",
+    "partition",
+    "to_arviz",
+    "zoo",
+]

@@ -1,0 +1,178 @@
+"""What an energy refers to, and how its Pyro parameters are bound to one value."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn.module import PyroModule
+from pyro.poutine.lift_messenger import LiftMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.Size)
+
+
+def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the named things that one thing holds: closures, defaults, attributes, items."""
+    if isinstance(thing, functools.partial):
+        yield "func", thing.func
+        yield from ((str(i), part) for i, part in enumerate(thing.args))
+        yield from thing.keywords.items()
+    elif inspect.ismethod(thing):
+        yield "self", thing.__self__
+        yield "func", thing.__func__
+    elif inspect.isfunction(thing):
+        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+        for name, cell in cells:
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield name, cell.cell_contents
+        names = inspect.signature(thing).parameters if thing.__defaults__ else {}
+        yield from ((n, p.default) for n, p in names.items() if p.default is not p.empty)
+        yield from (
+            (name, thing.__globals__[name])
+            for name in thing.__code__.co_names
+            if isinstance(thing.__globals__.get(name), (Tensor, nn.Module, functools.partial))
+            or inspect.isfunction(thing.__globals__.get(name))
+        )
+    elif isinstance(thing, (list, tuple)):
+        yield from ((str(i), part) for i, part in enumerate(thing))
+    elif isinstance(thing, dict):
+        yield from ((str(key), part) for key, part in thing.items())
+    elif not inspect.ismodule(thing) and not isinstance(thing, Tensor):
+        yield from ((k, v) for k, v in getattr(thing, "__dict__", {}).items() if k[:1] != "_")
+
+
+def referenced(energy: Any) -> Iterator[tuple[str, Tensor | nn.Module]]:
+    """Yield the tensors and modules that an energy reaches, with the names they have there.
+
+    Closures, defaults, globals, partials, bound methods, attributes and nested callables are
+    searched; modules yield themselves, and their parameters are theirs to list.
+    """
+    seen: set[int] = set()
+    queue: list[tuple[str, Any, int]] = [("energy", energy, 0)]
+    while queue:
+        name, thing, depth = queue.pop()
+        if id(thing) in seen or isinstance(thing, _PLAIN) or depth > 6:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, (Tensor, nn.Module)):
+            yield name, thing
+        queue += [(name, part, depth + 1) for name, part in _inside(thing)]
+
+
+def modules_of(energy: Any) -> dict[str, nn.Module]:
+    """Return the outermost modules that an energy reaches, by the names they have there."""
+    found = [(name, m) for name, m in referenced(energy) if isinstance(m, nn.Module)]
+    below = {id(sub) for _, m in found for sub in m.modules() if sub is not m}
+    return {name: module for name, module in found if id(module) not in below}
+
+
+@contextlib.contextmanager
+def evaluating(energy: Any) -> Iterator[None]:
+    """Put the modules of an energy in evaluation mode, and back into the mode each had.
+
+    While chains run, dropout must not make the energy random, nor batch norm learn from them.
+    """
+    modules = [m for top in modules_of(energy).values() for m in top.modules() if m.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _lifted_values() -> dict[str, Any]:
+    """Return what the ``poutine.lift`` handlers in force have drawn for parameters, by name."""
+    lifts = [m for m in _PYRO_STACK if isinstance(m, LiftMessenger)]
+    return {name: msg["value"] for lift in lifts for name, msg in lift._samples_cache.items()}
+
+
+def _of_pyro_module(module: PyroModule, lifted: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Read every Pyro attribute of a module once, inside its context."""
+    for name in [*module._pyro_samples, *module._pyro_params]:
+        yield name, getattr(module, name)
+    for name, value in list(module._parameters.items()):
+        if value is not None and not name.endswith("_unconstrained"):
+            getattr(module, name)  # a pyro.param statement, whose value Pyro drops
+            full = module._pyro_get_fullname(name)
+            if full in lifted or full in _lifted_values():
+                yield name, _lifted_values()[full]
+    for name in list(module._modules):
+        getattr(module, name)  # a pyro.module statement, where it is a plain module
+
+
+def _of_plain_module(module: nn.Module, lifted: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Match parameters with what ``pyro.module`` registered under a lift, by name and shape."""
+    drawn = {n.split("$$$", 1)[-1]: v for n, v in lifted.items() if "$$$" in n}
+    for name, value in module.named_parameters():
+        if name in drawn and drawn[name].shape == value.shape:
+            owner, _, leaf = name.rpartition(".")
+            yield module.get_submodule(owner), leaf, drawn[name]
+
+
+class Binding:
+    """The Pyro parameters of an energy, each bound to the value that it has in this trace.
+
+    Reading a ``PyroSample`` or ``PyroParam`` attribute is a Pyro statement: outside the trace
+    it is drawn anew, or never registered. A binding reads each once, while the model runs, and
+    :meth:`active` lets the energy see those values whenever it is evaluated.
+    """
+
+    def __init__(self, energy: Any) -> None:
+        self.values: list[tuple[nn.Module, str, Any]] = []
+        tops = list(modules_of(energy).values())
+        if not tops:
+            return
+        modules = {id(m): m for top in tops for m in top.modules()}
+        pyros = [m for m in modules.values() if isinstance(m, PyroModule)]
+        lifted = _lifted_values()
+        with contextlib.ExitStack() as stack:
+            for context in {id(m._pyro_context): m._pyro_context for m in pyros}.values():
+                stack.enter_context(context)
+            for module in pyros:
+                self.values += [(module, n, v) for n, v in _of_pyro_module(module, lifted)]
+        for top in tops if lifted else []:
+            self.values += _of_plain_module(top, lifted)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the energy's modules show the bound values."""
+        # An entry in the instance's own dictionary goes before any module attribute.
+        for module, name, value in self.values:
+            module.__dict__[name] = value
+        try:
+            yield
+        finally:
+            for module, name, _ in self.values:
+                del module.__dict__[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        """Copy the values' owners with the energy, and drop the graph of the values."""
+        import copy
+
+        new = Binding.__new__(Binding)
+        new.values = [(copy.deepcopy(m, memo), n, _cut(v)) for m, n, v in self.values]
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": [(m, n, _cut(v)) for m, n, v in self.values]}
+
+
+def _cut(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def registered_name(leaf: Tensor) -> str | None:
+    """Return the name of a parameter in Pyro's parameter store, if it is there."""
+    return pyro.get_param_store()._param_to_name.get(leaf)

@@ -1,0 +1,196 @@
+"""Who asks for a log-density, on what its missing log Z depends, and when to refuse."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from pyro_ebm._binding import modules_of, referenced, registered_name
+
+ENGINES = {
+    "pyro.infer.mcmc": "mcmc",
+    "pyro.infer.importance": "importance",
+    "pyro.infer.svi": "svi",
+    "pyro.infer.elbo": "svi",
+    "pyro.infer.trace_elbo": "svi",
+    "pyro.infer.traceenum_elbo": "svi",
+    "pyro.infer.tracegraph_elbo": "svi",
+    "pyro.infer.trace_mean_field_elbo": "svi",
+    "pyro.infer.renyi_elbo": "svi",
+}
+"""Engines of Pyro by the module whose frames show them at work."""
+
+
+class UnnormalizedError(RuntimeError):
+    """A log Z is missing without which the result would be silently wrong."""
+
+
+class UnnormalizedWarning(UserWarning):
+    """A number is printed that lacks its log Z."""
+
+
+def engine() -> str | None:
+    """Return which of Pyro's engines is running: it cannot ask what we give, so we ask for it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("pyro.infer."):
+            for module, kind in ENGINES.items():
+                if name.startswith(module):
+                    return kind
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_tracing() -> bool:
+    """Whether values are symbolic, so that Python cannot look at them."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def allocated_dims() -> set[int]:
+    """Return the batch dimensions that Pyro's parallel enumeration has given to sites so far."""
+    if any(isinstance(m, EnumMessenger) for m in _PYRO_STACK):
+        return set(_ENUM_ALLOCATOR.dim_to_id)
+    return set()
+
+
+def enumerated_dims(shape: torch.Size) -> set[int]:
+    """Return the dimensions of a batch shape that belong to enumerated sites."""
+    return {dim for dim in allocated_dims() if -dim <= len(shape) and shape[dim] > 1}
+
+
+def _node(x: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(x).node
+
+
+def walk(value: Tensor, without: Tensor | None = None) -> tuple[dict[Any, Tensor], set[Any]]:
+    """Return the leaves that a value depends on other than through a tensor, and all nodes.
+
+    Leaves are keyed by the nodes of the graph that accumulate their gradients.
+    """
+    if not value.requires_grad:
+        return {}, set()
+    seen = {_node(without)} if without is not None and without.requires_grad else set()
+    queue, found = [_node(value)], {}
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[node] = node.variable
+        queue += [before for before, _ in node.next_functions]
+    return found, seen
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the backward pass that is running will reach a node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # the node is itself an input of autograd.grad
+        return True
+
+
+def scoring() -> tuple[str, dict[str, Any]]:
+    """Return the site that Pyro is scoring, in words, and the nodes of its trace, by name."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("log_prob_sum", "compute_log_prob", "compute_score_parts"):
+            trace = frame.f_locals.get("self")
+            if isinstance(trace, Trace):
+                return f"site {frame.f_locals['name']!r}", dict(trace.nodes)
+        frame = frame.f_back  # type: ignore[assignment]
+    return "a GibbsBoltzmann distribution", {}
+
+
+def _random(nodes: dict[str, Any], seen: set[Any]) -> list[str]:
+    """Name the sites through whose values a graph runs."""
+    values = {n: node.get("value") for n, node in nodes.items() if node["type"] == "sample"}
+    return [
+        name
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.requires_grad and _node(value) in seen
+    ]
+
+
+def leaf_name(leaf: Tensor, energy: Any) -> str:
+    """Name a leaf tensor as the parameter store, the energy's modules or its closure do."""
+    if (name := registered_name(leaf)) is not None:
+        return name
+    for top, module in modules_of(energy).items():
+        for name, parameter in module.named_parameters():
+            if parameter is leaf:
+                return f"{top}.{name}"
+    names = [name for name, thing in referenced(energy) if thing is leaf]
+    return names[0] if names else f"a tensor of shape {tuple(leaf.shape)}"
+
+
+def refuse(because: str, wrong: str, site: str | None = None) -> NoReturn:
+    """Raise the error that names the site, what log Z depends on, and the remedies."""
+    raise UnnormalizedError(
+        f"{site or scoring()[0]} has no log_partition, but {because}: without log Z {wrong} would "
+        "be silently wrong. Pass log_partition=ebm.partition.Exact() (finite supports), "
+        "Quadrature(low, high, num_points) (up to 3 dimensions), Importance(...), or "
+        "Contrastive(...) (learning by SVI); log_partition='constant' declares that log Z "
+        "depends on nothing that is learned, random or compared"
+    )
+
+
+def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:
+    """Refuse a log-density without log Z, where that is seen to make a result wrong.
+
+    Pyro's engines do not ask what a log-density lacks. Which one is at work is read from the
+    running stack, and what it will differentiate from the graph of the value. Outside the
+    engines, a backward pass into parameters is refused when it comes.
+
+    Raises:
+        UnnormalizedError: If log Z depends on a learned parameter or a random variable, or the
+            engine estimates evidence.
+    """
+    kind = engine()
+    if kind == "importance":
+        refuse("importance sampling estimates evidence", "the weights")
+    if enumerated:
+        nodes = scoring()[1].items()
+        names = [n for n, m in nodes if m.get("infer", {}).get("_enumerate_dim") in enumerated]
+        refuse(f"log Z depends on the enumerated {_list(names)}", "their posterior")
+    if is_tracing():
+        return
+    found, seen = walk(value, without=x)
+    stored = {n: leaf for n, leaf in found.items() if registered_name(leaf) is not None}
+    if kind == "mcmc":
+        fixed = {n for n, leaf in found.items() if isinstance(leaf, nn.Parameter)}
+        if any(node not in stored and node not in fixed for node in found):
+            names = _random(scoring()[1], seen)
+            refuse(f"log Z depends on the random {_list(names)}", "the posterior")
+    elif kind == "svi" and stored:
+        names = [leaf_name(leaf, energy) for leaf in stored.values()]
+        refuse(f"log Z depends on the learned {_list(names)}", "every gradient")
+    elif watched := stored if x.requires_grad else found:
+        _watch(value, watched, energy)
+
+
+def _watch(value: Tensor, leaves: dict[Any, Tensor], energy: Any) -> None:
+    """Refuse in the backward pass, where it turns out to be one that learns."""
+    site = scoring()[0]
+
+    def hook(grad: Tensor) -> None:
+        names = [leaf_name(leaf, energy) for node, leaf in leaves.items() if _will_run(node)]
+        if names:
+            refuse(f"log Z depends on the learned {_list(names)}", "its gradient", site)
+
+    value.register_hook(hook)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names)) if names else "variables"

@@ -1,0 +1,81 @@
+"""Short adapted chains on the tensor level, and potentials without constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_ebm.energy import Energy
+from pyro_ebm.kernels.base import State
+from pyro_ebm.kernels.langevin import mala
+
+TARGET_ACCEPT = 0.574  # optimal scaling of MALA: Roberts and Rosenthal (1998)
+
+
+def unconstrained(potential: Energy, transform: Transform, event_dim: int) -> Energy:
+    r"""Pull a potential back through a bijection from unconstrained space.
+
+    .. math:: U(z) = U_x(T(z)) - \log |\det \partial T / \partial z|
+    """
+
+    def pulled(z: Tensor) -> Tensor:
+        x = transform(z)
+        jacobian = transform.log_abs_det_jacobian(z, x)
+        spare = jacobian.dim() - (x.dim() - event_dim)
+        return potential(x) - (jacobian.flatten(-spare).sum(-1) if spare > 0 else jacobian)
+
+    return pulled
+
+
+def adapt(log_step: Tensor, accept_prob: Tensor, i: int) -> Tensor:
+    """Move log step sizes towards the best acceptance rate: Robbins-Monro, for move ``i``."""
+    return log_step + 2.0 * (accept_prob - TARGET_ACCEPT) / (1.0 + i) ** 0.6
+
+
+def short_run(
+    potential: Energy, fresh: Callable[[], Tensor], num_steps: int = 200, tries: int = 20
+) -> Tensor:
+    """Run one adapted chain per starting point and return where it ends.
+
+    Each chain has a step size of its own, adapted in the first half of the moves and fixed in
+    the second, so that chains are independent of each other.
+
+    Args:
+        potential: The potential, without constraints.
+        fresh: Draws starting points ``(*chains, *event)``.
+        num_steps: The number of MALA moves.
+        tries: How often chains that start at an infinite or NaN energy are drawn anew.
+
+    Raises:
+        ValueError: If chains found no point of finite energy.
+    """
+    position = fresh()
+    state = mala(potential, 1.0).init(position)
+    for _ in range(tries):
+        bad = ~state.energy.isfinite()
+        if not bad.any():
+            break
+        wide = bad.reshape(bad.shape + (1,) * (position.dim() - bad.dim()))
+        position = torch.where(wide, fresh(), position)
+        state = mala(potential, 1.0).init(position)
+    log_step = torch.full_like(state.energy, -2.0)
+    for i in range(num_steps):
+        state, info = mala(potential, log_step.exp()).step(state)
+        if i < num_steps // 2:
+            log_step = adapt(log_step, info.accept_prob, i)
+    _refuse_bad(state)
+    return state.position
+
+
+def _refuse_bad(state: State) -> None:
+    bad = ~state.energy.isfinite()
+    if bad.any():
+        value = state.energy[bad][0].item()
+        raise ValueError(
+            f"energy must be finite somewhere near the base's samples, got {value} at the end of "
+            f"{int(bad.sum())} of {bad.numel()} chains; choose a base that covers the region of "
+            "finite energy, or pass sampler="
+        )

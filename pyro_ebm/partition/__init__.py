@@ -1,0 +1,16 @@
+"""Methods for log Z: each declares what it gives, and engines that need more are refused."""
+
+from pyro_ebm.partition.base import LogPartition, Method, log_partition
+from pyro_ebm.partition.contrastive import Contrastive
+from pyro_ebm.partition.exact import Exact, Quadrature
+from pyro_ebm.partition.importance import Importance
+
+__all__ = [
+    "Contrastive",
+    "Exact",
+    "Importance",
+    "LogPartition",
+    "Method",
+    "Quadrature",
+    "log_partition",
+]

@@ -1,0 +1,120 @@
+"""What all methods for log Z share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
+from pyro_ebm.distribution import GibbsBoltzmann
+
+MIN_ESS = 10.0  # below this an estimate and its own error are not to be trusted
+
+
+class LogPartition(NamedTuple):
+    """A log Z, with its standard error and effective sample size, of the batch's shape.
+
+    Deterministic methods have an infinite effective sample size.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    ess: Tensor
+
+
+class Method(Protocol):
+    """What a method for log Z gives.
+
+    ``value`` is ``"exact"``, ``"estimated"``, ``"bound"`` or ``"none"``; ``gradient`` is
+    ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused.
+    """
+
+    value: str
+    gradient: str
+
+    def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
+        """Return log Z of the batch's shape, differentiable in beta and in all parameters."""
+
+    def __call__(self, d: GibbsBoltzmann) -> LogPartition:
+        """Return log Z with its error."""
+
+
+def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
+    r"""Return log Z of a Gibbs-Boltzmann distribution, with its error.
+
+    .. math:: \log Z(\beta) = \log \int b(x) \exp(-\beta E(x)) \, dx
+
+    Args:
+        d: The distribution; a ``log_partition`` of its own plays no part.
+        method: A method of :mod:`pyro_ebm.partition`.
+
+    Returns:
+        The value, its standard error and the effective sample size, of shape ``d.batch_shape``,
+        in natural units (nats). The value is differentiable.
+
+    Raises:
+        UnnormalizedError: If the method gives no value.
+        ValueError: If the method does not suit the distribution.
+
+    Example:
+        >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x**2, ebm.Flat())
+        >>> value, std_error, ess = log_partition(d, Quadrature(-10.0, 10.0, 64))
+        >>> value                                           # log of sqrt(2 pi)
+        tensor(0.9189)
+    """
+    if method.value == "none":
+        raise UnnormalizedError(
+            f"method must give a value of log Z, got {type(method).__name__}, which gives only "
+            "its gradient"
+        )
+    parts = method(getattr(d, "_origin", None) or d)
+    return LogPartition(*(part.expand(d.batch_shape) for part in parts))
+
+
+def from_weights(log_weights: Tensor) -> LogPartition:
+    r"""Average importance weights, stacked in the first dimension.
+
+    The standard error is that of the log by the delta method, and the effective sample size
+    :math:`(\sum w)^2 / \sum w^2`.
+    """
+    n = len(log_weights)
+    value = log_weights.logsumexp(0) - math.log(n)
+    with torch.no_grad():
+        ess = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
+        std_error = ((1 / ess - 1 / n).clamp(min=0.0) * n / max(n - 1, 1)).sqrt()
+    return LogPartition(value, std_error, ess)
+
+
+def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:
+    """Wrap a log Z that is not estimated from samples."""
+    detached = value.detach()
+    std_error = torch.zeros_like(detached) if error is None else error
+    return LogPartition(value, std_error, torch.full_like(detached, torch.inf))
+
+
+def warn_low_ess(ess: Tensor, what: str) -> None:
+    """Say so when an estimate rests on a handful of particles."""
+    low = float(ess.min())
+    if not low >= MIN_ESS:
+        warnings.warn(
+            f"log Z by {what} cannot be trusted: its effective sample size is {low:.1f}, below "
+            f"{MIN_ESS:.0f}. Use more particles, or a proposal closer to the distribution",
+            UnnormalizedWarning,
+            stacklevel=3,
+        )
+
+
+def needs_value(method: Any, why: str, enumerated: bool = False) -> None:
+    """Refuse engines that need the value itself of log Z, and the same one every time."""
+    kind = engine()
+    if kind in ("mcmc", "importance") or enumerated:
+        who = {"mcmc": "MCMC", "importance": "importance sampling"}.get(kind or "", "enumeration")
+        raise UnnormalizedError(
+            f"{scoring()[0]}: {who} needs the value of log Z, and log_partition="
+            f"{type(method).__name__} {why}. Use Exact(), Quadrature(...), or "
+            "Importance(..., common_random_numbers=True)"
+        )
