@@ -26,7 +26,8 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autosummary_generate = True
-autosummary_ignore_module_all = False
+# What the package itself shows is described there, and not again in the module it comes from.
+autosummary_context = {"shown_by_package": pyro_ebm.__all__}
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -42,3 +43,11 @@ if os.environ.get("DOCS_INTERSPHINX"):
 
 html_theme = "furo"
 html_title = "pyro_ebm"
+
+
+def setup(app):
+    # A record's docstring says what its fields are; their own only number them.
+    field = type(pyro_ebm.LogPartition.value)
+    app.connect(
+        "autodoc-skip-member", lambda app, what, name, thing, *_: isinstance(thing, field) or None
+    )
