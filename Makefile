@@ -13,6 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help demo test test-fast test-cuda test-arviz1 lint format docs all clean
 
 help:
@@ -58,7 +59,7 @@ test-cuda: $(VENV)/.with-test
 
 # The export to ArviZ 1, which needs Python 3.12, in a light environment of its own without torch.
 test-arviz1: $(VENV)/.with-test
-	@if [ -f tests/arviz1/run.sh ]; then bash tests/arviz1/run.sh; fi
+	ARVIZ1_VENV=$(VENV)-arviz1 bash tests/arviz1/run.sh
 
 lint: $(VENV)/.with-test
 	$(BIN)/ruff check
@@ -70,6 +71,7 @@ format: $(VENV)/.with-test
 	$(BIN)/ruff format
 
 docs: $(VENV)/.with-docs
+	@rm -rf docs/generated
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -77,7 +79,7 @@ all: lint test docs
 
 # An environment that was not made here stays.
 clean:
-	if [ -e $(VENV)/.made ]; then rm -rf $(VENV); fi
+	for made in $(VENV) $(VENV)-arviz1; do if [ -e $$made/.made ]; then rm -rf $$made; fi; done
 	rm -rf build dist *.egg-info docs/_build docs/generated .coverage .coverage.* htmlcov \
 	    .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
