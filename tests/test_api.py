@@ -33,7 +33,8 @@ CALLABLES = CLASSES | FUNCTIONS
 def methods(cls):
     """Return the public methods that a class defines itself, with its constructor."""
     found = {n: getattr(v, "__func__", v) for n, v in vars(cls).items()}
-    shown = {n: f for n, f in found.items() if n == "__init__" or not n.startswith("_")}
+    own = {n: f for n, f in found.items() if getattr(f, "__module__", "") == cls.__module__}
+    shown = {n: f for n, f in own.items() if n == "__init__" or not n.startswith("_")}
     return {n: f for n, f in shown.items() if inspect.isfunction(f)}
 
 
