@@ -50,9 +50,10 @@ def fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def names_in_docstrings(doctest_namespace: dict[str, object]) -> None:
-    """Let examples in docstrings say ``torch``, ``pyro``, ``dist`` and ``ebm`` without imports."""
+    """Let examples in docstrings say ``torch``, ``dist``, ``ebm`` and so on without imports."""
     import pyro.distributions as dist
 
     import pyro_ebm as ebm
 
-    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist, ebm=ebm)
+    names = {"torch": torch, "pyro": pyro, "dist": dist, "constraints": dist.constraints}
+    doctest_namespace.update(names, ebm=ebm)
