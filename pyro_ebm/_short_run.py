@@ -64,8 +64,9 @@ def short_run(
     log_step = torch.full_like(state.energy, -2.0)
     for i in range(num_steps):
         state, info = mala(potential, log_step.exp()).step(state)
-        if i < num_steps // 2:
-            log_step = adapt(log_step, info.accept_prob, i)
+        if i < num_steps // 2:  # a chain that is still behind a wall reaches farther out
+            better = adapt(log_step, info.accept_prob, i)
+            log_step = torch.where(state.energy.isfinite(), better, log_step + 0.1)
     _refuse_bad(state)
     return state.position
 

@@ -111,7 +111,8 @@ class GibbsBoltzmann(TorchDistribution):
         if not is_conditional(self.energy) and not allocated_dims():
             return torch.Size()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), self._binding.active():
-            value = self.energy(base.sample())
+            point = base.sample().reshape(-1, *base.event_shape)[0]
+            value = self.energy(point)
         shape = value.shape if isinstance(value, Tensor) else torch.Size()
         if is_conditional(self.energy):
             return shape
