@@ -164,7 +164,7 @@ def convergence_warnings(idata: Any) -> list[str]:
         for chains in order.
 
     Raises:
-        ValueError: If there is no group ``posterior``.
+        ValueError: If there is no group ``posterior`` of chains and draws.
 
     References:
         | Rank-normalization, folding, and localization: an improved R-hat (Vehtari et al., 2021)
@@ -180,11 +180,11 @@ def convergence_warnings(idata: Any) -> list[str]:
         >>> convergence_warnings(to_inference_data({"posterior": {"x": x}}))[0]
         'Frozen: chain 2 hardly moves (0 of 499 moves changed anything). Take other starting ...'
     """
-    if "posterior" not in idata:
-        raise ValueError("idata must have a group 'posterior'")
     position = _variables(idata, "posterior")
+    if not position:
+        raise ValueError("idata must have a group 'posterior' of chains and draws")
     stats = _variables(idata, "sample_stats")
-    finite = {name: a for name, a in position.items() if np.isfinite(a).all()}
+    finite = {name: a for name, a in position.items() if a.size and np.isfinite(a).all()}
     return [
         *_divergences(stats),
         *_tree_depths(stats),

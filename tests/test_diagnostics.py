@@ -189,11 +189,21 @@ def test_a_tree_that_turns_in_time_says_nothing():
     assert not stats["reached_max_treedepth"].any()
 
 
+def cliff(z):
+    """The potential of a standard normal law, with a fall beyond 1."""
+    return torch.where(z["x"] > 1.0, 1e6 * z["x"], 0.5 * z["x"].square()).sum()
+
+
+def test_a_tree_that_diverges_is_not_cut_short():
+    kernel = RecordedNUTS(potential_fn=cliff, step_size=0.7, max_tree_depth=1)
+    mcmc = run(kernel, warmup=0, num_samples=40, initial_params={"x": torch.zeros(1)})
+    stats = mcmc.diagnostics()["sample_stats"]["chain 0"]
+    assert 0 < stats["diverging"].sum() < 40
+    assert (stats["reached_max_treedepth"] == ~stats["diverging"]).all()
+
+
 @pytest.mark.parametrize("recorded", [RecordedNUTS, RecordedHMC])
 def test_the_divergences_are_pyros(recorded):
-    def cliff(z):
-        return torch.where(z["x"] > 1.0, 1e6 * z["x"], 0.5 * z["x"].square()).sum()
-
     kernel = recorded(potential_fn=cliff, step_size=0.7, adapt_step_size=False)
     mcmc = run(kernel, initial_params={"x": torch.zeros(1)})
     found = mcmc.diagnostics()
@@ -353,6 +363,31 @@ def test_handing_over_changes_nothing():
     assert not outer.trace.nodes
     assert torch.is_grad_enabled()
     assert torch.distributions.Distribution._validate_args
+
+
+def test_a_run_on_any_device_comes_back(device):
+    start = {"x": torch.zeros(2, device=device)}
+    mcmc = run(RecordedNUTS(potential_fn=bowl), initial_params=start)
+    idata = to_arviz(mcmc)
+    x = mcmc.get_samples(group_by_chain=True)["x"].cpu()
+    np.testing.assert_array_equal(idata["posterior"]["x"], x)
+    np.testing.assert_allclose(idata["sample_stats"]["lp"], -0.5 * x.square().sum(-1), **EXACT)
+
+
+def test_a_model_on_any_device_comes_back(device):
+    data = Y.to(device)
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros((), device=device), 1.0))
+        with pyro.plate("n", 5):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=data)
+
+    idata, samples = log_likelihoods(model)
+    x = samples["x"].cpu()
+    data_terms = dist.Normal(x[..., None], 1.0).log_prob(Y)
+    truth = dist.Normal(0.0, 1.0).log_prob(x) + data_terms.sum(-1)
+    np.testing.assert_allclose(idata["log_likelihood"]["y"], data_terms, **EXACT)
+    np.testing.assert_allclose(idata["sample_stats"]["lp"], truth, **EXACT)
 
 
 def test_draws_by_name_will_do():
@@ -865,6 +900,11 @@ def test_statistics_without_draws_are_no_matter():
     )
     idata["sample_stats"]["seed"] = xarray.DataArray(3)
     assert convergence_warnings(idata) == []
+
+
+def test_a_variable_without_elements_is_no_matter():
+    groups = {"posterior": {"x": chains(), "none": chains()[..., :0]}}
+    assert convergence_warnings(to_inference_data(groups)) == []
 
 
 def test_warnings_need_a_posterior():
