@@ -62,9 +62,8 @@ def gibbs(energy: Energy, values: Tensor, num_chain_dims: int = 1) -> Kernel:
             energies = energy(trial.reshape(len(values), *shape))  # shape: (K, *chains)
             invalid |= (energies.isnan() | (energies == -torch.inf)).any(0)
             probs = torch.softmax(-torch.where(energies.isnan(), torch.inf, energies), 0)
-            draw = torch.multinomial(probs.reshape(len(values), -1).T.nan_to_num(1.0), 1).squeeze(
-                -1
-            )
+            table = probs.reshape(len(values), -1).T.nan_to_num(1.0)  # nowhere finite: any value
+            draw = torch.multinomial(table, 1)
             flat[..., i] = values[draw].reshape(shape[:num_chain_dims])
         new = init(flat.reshape(shape))
         ones = torch.ones_like(new.energy)
