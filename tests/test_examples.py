@@ -10,7 +10,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # The arguments that make an example small.
-SMALL = {}
+SMALL = {
+    "double_well.py": "--draws 30 --warmup 30 --plot well.png",
+    "density_2d.py": "--steps 20 --batch 16 --chains 32 --hidden 8 --plot density.png",
+}
 
 WARNINGS = [
     "error",

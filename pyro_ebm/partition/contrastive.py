@@ -24,15 +24,18 @@ from pyro_ebm.partition.base import LogPartition, from_weights, needs_value
 
 
 class Negatives(NamedTuple):
-    """Persistent chains: unconstrained positions, their last potentials and weights.
+    """Persistent chains in groups, which resample among themselves.
 
-    ``offset`` is the log Z that resampling has put aside; ``log_step`` the adapted step.
+    The first group feeds the gradient. Where chains are weighted there is a second, which never
+    does and estimates log Z: what a gradient has pushed up at the very points that it was
+    computed from would otherwise be taken for a fall of log Z.
     """
 
-    position: Tensor  # shape: (num_chains, *batch, *unconstrained)
-    potential: Tensor  # shape: (num_chains, *batch)
-    log_weight: Tensor  # shape: (num_chains, *batch)
-    offset: Tensor  # shape: (*batch,)
+    position: Tensor  # unconstrained; shape: (n, groups, *batch, *unconstrained)
+    potential: Tensor  # at the parameters of the last move; shape: (n, groups, *batch)
+    log_weight: Tensor  # shape: (n, groups, *batch)
+    offset: Tensor  # log Z put aside by resampling; shape: (groups, *batch)
+    variance: Tensor  # of the offset; shape: (groups, *batch)
     log_step: Tensor  # shape: (*batch,)
     age: int
 
@@ -48,15 +51,16 @@ class Contrastive:
     advance once per evaluation of the site.
 
     Persistent MALA chains that start from a normalised base are ``weighted`` (Jarzynski):
-    the weights make up for the chains' lag behind the moving parameters, and their mean
-    estimates log Z itself, so that the loss is a likelihood. Otherwise there is no value: the
-    loss is the difference of mean energies, which says nothing about progress, and evaluation
-    under ``torch.no_grad`` warns.
+    the weights make up for the chains' lag behind the moving parameters, and the mean weight of
+    one half of the chains, which does not feed the gradient, estimates log Z itself, so that the
+    loss is a likelihood. Its error grows with the length of the training and is reported.
+    Otherwise there is no value: the loss is the difference of mean energies, which says nothing
+    about progress, and evaluation under ``torch.no_grad`` warns.
 
     Args:
         kernel: Makes a kernel of a potential and a step: :func:`~pyro_ebm.kernels.mala` or
             :func:`~pyro_ebm.kernels.ula`.
-        num_chains: The number of chains.
+        num_chains: The number of chains; weighted ones are halved as above.
         num_steps: The number of moves per evaluation.
         persistent: Whether chains go on from evaluation to evaluation.
         start: Where chains start: ``"base"`` or ``"data"``, the site's observed points.
@@ -125,12 +129,12 @@ class Contrastive:
             ValueError: If the support is finite, or the energy minus infinity.
         """
         needs_value(self, "gives a new estimate at every evaluation", bool(d._enumerated))
-        chains, negatives = self._advance(d, x)
-        weight = torch.softmax(chains.log_weight, 0)
+        negatives = self._advance(d, x)
+        assert self.chains is not None
+        weight = torch.softmax(self.chains.log_weight[:, 0], 0)
         surrogate = (weight * -d.potential(negatives)).sum(0)
         if self.weighted:
-            estimate = chains.offset + from_weights(chains.log_weight).value
-            return estimate + surrogate - surrogate.detach()
+            return self._estimate().value + surrogate - surrogate.detach()
         if not torch.is_grad_enabled():
             warnings.warn(
                 "Contrastive has no value of log Z here (chains are not weighted): the number is "
@@ -140,15 +144,20 @@ class Contrastive:
             )
         return surrogate
 
+    def _estimate(self) -> LogPartition:
+        """Estimate log Z by the weights of the last group, with the error of all resamplings."""
+        assert self.chains is not None
+        value, error, ess = (part[-1] for part in from_weights(self.chains.log_weight))
+        std_error = (self.chains.variance[-1] + error.square()).sqrt()
+        return LogPartition(self.chains.offset[-1] + value, std_error, ess)
+
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Advance the chains and return the estimate by their weights."""
         value = self.log_z(d)
-        assert self.chains is not None
-        parts = from_weights(self.chains.log_weight)
-        return LogPartition(value, parts.std_error, parts.ess)
+        return LogPartition(value, *self._estimate()[1:])
 
-    def _advance(self, d: GibbsBoltzmann, x: Tensor | None) -> tuple[Negatives, Tensor]:
-        """Move the chains to the present parameters; return them and their points."""
+    def _advance(self, d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
+        """Move the chains to the present parameters; return the points of the first group."""
         if values_of(d.support) is not None:
             raise ValueError(
                 f"Contrastive moves chains by gradients, got the finite support {d.support}; use "
@@ -159,16 +168,15 @@ class Contrastive:
         with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
             chains = self._begin(d, x, transform, potential)
             chains = self._reweight(chains, potential)
-            chains = self._move(chains, potential)
-            self.chains = chains
-            return chains, transform(chains.position).detach()
+            self.chains = self._move(chains, potential)
+            return transform(self.chains.position[:, 0]).detach()
 
     def _begin(
         self, d: GibbsBoltzmann, x: Tensor | None, transform: Transform, potential: Energy
     ) -> Negatives:
         """Start chains, or those that are to start anew."""
         old = self.chains
-        if old is None or old.potential.shape[1:] != d.batch_shape:
+        if old is None or old.potential.shape[2:] != d.batch_shape:
             log_step = torch.full(d.batch_shape, math.log(self.step_size or 0.1)).to(d.floating())
             return self._fresh(d, x, transform, log_step, 0)
         if not self.persistent:
@@ -186,24 +194,24 @@ class Contrastive:
         self, d: GibbsBoltzmann, x: Tensor | None, transform: Transform, step: Tensor, age: int
     ) -> Negatives:
         """Draw starting points, with the potential of the law that they come from."""
-        points = (
-            self._from_data(d, x) if self.start == "data" else d.base.sample((self.num_chains,))
-        )
+        volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
+        self.weighted = self.weighted and math.isfinite(volume)  # else the base has no log Z
+        groups = 2 if self.weighted else 1
+        shape = torch.Size((-(-self.num_chains // groups), groups))
+        points = self._from_data(d, x, shape) if self.start == "data" else d.base.sample(shape)
         z = transform.inv(points)
         potential = unconstrained(lambda y: -d.base.log_prob(y), transform, d.event_dim)(z)
-        if isinstance(d.base, Flat):  # normalised on a finite volume, else never
-            self.weighted = self.weighted and math.isfinite(d.base.log_volume)
-            potential = potential + (d.base.log_volume if self.weighted else 0.0)
+        potential = potential + (volume if self.weighted else 0.0)
         zero = torch.zeros_like(potential)
-        return Negatives(z, potential, zero, zero[0].clone(), step, age)
+        return Negatives(z, potential, zero, zero[0], zero[0], step, age)
 
-    def _from_data(self, d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
+    def _from_data(self, d: GibbsBoltzmann, x: Tensor | None, sample: torch.Size) -> Tensor:
         if x is None:
             raise ValueError("start='data' needs observed points, got none; use start='base'")
         shape = torch.broadcast_shapes(x.shape[: x.dim() - d.event_dim], d.batch_shape)
         x = x.detach().expand(*shape, *d.event_shape)
         rows = x.reshape(-1, *d.batch_shape, *d.event_shape)
-        return rows[torch.randint(len(rows), (self.num_chains,), device=x.device)]
+        return rows[torch.randint(len(rows), sample, device=x.device)]
 
     def _reweight(self, chains: Negatives, potential: Energy) -> Negatives:
         """Weigh chains by the change of their potential since their last move; resample."""
@@ -212,14 +220,15 @@ class Contrastive:
         now = potential(chains.position)
         log_weight = chains.log_weight + chains.potential - now
         log_weight = torch.where(log_weight.isnan(), -torch.inf, log_weight)
-        parts = from_weights(log_weight)
-        low = parts.ess < self.num_chains / 2
+        value, error, ess = from_weights(log_weight)
+        low = ess < len(log_weight) / 2
         rows = _systematic(torch.softmax(log_weight, 0))
         wide = expand_like(rows, chains.position).expand_as(chains.position)
         resampled = chains.position.gather(0, wide)
         return chains._replace(
             position=torch.where(expand_like(low, resampled[0]), resampled, chains.position),
-            offset=torch.where(low, chains.offset + parts.value, chains.offset),
+            offset=torch.where(low, chains.offset + value, chains.offset),
+            variance=torch.where(low, chains.variance + error.square(), chains.variance),
             log_weight=torch.where(low, 0.0, log_weight),
         )
 
@@ -232,7 +241,7 @@ class Contrastive:
         for _ in range(burn_in * self.num_steps):
             step = log_step.exp().expand(chains.potential.shape)
             state, info = self.kernel(potential, step).step(state)
-            rates.append(info.accept_prob.mean(0))
+            rates.append(info.accept_prob.mean((0, 1)))
             if self.step_size is None:
                 log_step = adapt(log_step, rates[-1], min(age, 200))
             age += 1
