@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 import pyro
@@ -16,6 +17,28 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.Size)
+_LIBRARIES = ("torch", "pyro", "numpy")
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """Yield the names that code looks up, also in the functions and loops inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _global_names(constant)
+
+
+def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield name, cell.cell_contents
+    names = inspect.signature(function).parameters if function.__defaults__ else {}
+    yield from ((n, p.default) for n, p in names.items() if p.default is not p.empty)
+    for name in _global_names(function.__code__):
+        thing = function.__globals__.get(name)
+        if isinstance(thing, (Tensor, list, tuple, dict)) or callable(thing):
+            yield name, thing
 
 
 def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -28,18 +51,8 @@ def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
         yield "self", thing.__self__
         yield "func", thing.__func__
     elif inspect.isfunction(thing):
-        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
-        for name, cell in cells:
-            with contextlib.suppress(ValueError):  # an empty cell
-                yield name, cell.cell_contents
-        names = inspect.signature(thing).parameters if thing.__defaults__ else {}
-        yield from ((n, p.default) for n, p in names.items() if p.default is not p.empty)
-        yield from (
-            (name, thing.__globals__[name])
-            for name in thing.__code__.co_names
-            if isinstance(thing.__globals__.get(name), (Tensor, nn.Module, functools.partial))
-            or inspect.isfunction(thing.__globals__.get(name))
-        )
+        if str(thing.__module__).partition(".")[0] not in _LIBRARIES:
+            yield from _of_function(thing)
     elif isinstance(thing, (list, tuple)):
         yield from ((str(i), part) for i, part in enumerate(thing))
     elif isinstance(thing, dict):
@@ -70,7 +83,19 @@ def modules_of(energy: Any) -> dict[str, nn.Module]:
     """Return the outermost modules that an energy reaches, by the names they have there."""
     found = [(name, m) for name, m in referenced(energy) if isinstance(m, nn.Module)]
     below = {id(sub) for _, m in found for sub in m.modules() if sub is not m}
-    return {name: module for name, module in found if id(module) not in below}
+    tops: dict[str, nn.Module] = {}
+    for name, module in found:
+        if id(module) not in below:
+            while name in tops:  # two closures may call two networks "net"
+                name += "'"
+            tops[name] = module
+    return tops
+
+
+def _all_modules(energy: Any) -> list[nn.Module]:
+    """Return the modules that an energy reaches, in an order that copies of it share."""
+    modules = {id(m): m for top in modules_of(energy).values() for m in top.modules()}
+    return list(modules.values())
 
 
 @contextlib.contextmanager
@@ -109,13 +134,33 @@ def _of_pyro_module(module: PyroModule, lifted: dict[str, Any]) -> Iterator[tupl
         getattr(module, name)  # a pyro.module statement, where it is a plain module
 
 
-def _of_plain_module(module: nn.Module, lifted: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
-    """Match parameters with what ``pyro.module`` registered under a lift, by name and shape."""
-    drawn = {n.split("$$$", 1)[-1]: v for n, v in lifted.items() if "$$$" in n}
-    for name, value in module.named_parameters():
-        if name in drawn and drawn[name].shape == value.shape:
-            owner, _, leaf = name.rpartition(".")
-            yield module.get_submodule(owner), leaf, drawn[name]
+def _of_plain_module(
+    module: nn.Module, lifted: dict[str, Any]
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Match parameters with what ``pyro.module`` registered under a lift, by name and shape.
+
+    The module that was registered may be a part of this one, or the reverse.
+
+    Raises:
+        ValueError: If a parameter has several matches.
+    """
+    for name, parameter in module.named_parameters():
+        found = {
+            full: path
+            for full, value in lifted.items()
+            for path in full.split("$$$")[1:]
+            if f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}")
+            if parameter.requires_grad and value.shape == parameter.shape
+        }
+        exact = {full for full, path in found.items() if path == name} or set(found)
+        if len(exact) > 1:
+            listed = ", ".join(map(repr, sorted(exact)))
+            raise ValueError(
+                f"poutine.lift: parameter {name!r} of {type(module).__name__} must match one "
+                f"lifted parameter, got {listed}; make the energies PyroModules, each with a name"
+            )
+        owner, _, leaf = name.rpartition(".")
+        yield from ((module.get_submodule(owner), leaf, lifted[full]) for full in exact)
 
 
 class Binding:
@@ -127,46 +172,50 @@ class Binding:
     """
 
     def __init__(self, energy: Any) -> None:
+        self.energy = energy
         self.values: list[tuple[nn.Module, str, Any]] = []
-        tops = list(modules_of(energy).values())
-        if not tops:
-            return
-        modules = {id(m): m for top in tops for m in top.modules()}
-        pyros = [m for m in modules.values() if isinstance(m, PyroModule)]
+        modules = _all_modules(energy)
+        pyros = [m for m in modules if isinstance(m, PyroModule)]
+        samples = [name for m in pyros for name in m._pyro_samples]
+        self.drawn_outside = () if _PYRO_STACK else tuple(samples)
         lifted = _lifted_values()
         with contextlib.ExitStack() as stack:
             for context in {id(m._pyro_context): m._pyro_context for m in pyros}.values():
                 stack.enter_context(context)
             for module in pyros:
                 self.values += [(module, n, v) for n, v in _of_pyro_module(module, lifted)]
-        for top in tops if lifted else []:
+        for top in modules_of(energy).values() if lifted else []:
             self.values += _of_plain_module(top, lifted)
-
-    def __bool__(self) -> bool:
-        return bool(self.values)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let the energy's modules show the bound values."""
         # An entry in the instance's own dictionary goes before any module attribute.
+        before = [
+            (module, name, module.__dict__.get(name, ...)) for module, name, _ in self.values
+        ]
         for module, name, value in self.values:
             module.__dict__[name] = value
         try:
             yield
         finally:
-            for module, name, _ in self.values:
-                del module.__dict__[name]
+            for module, name, value in before:
+                if value is ...:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        """Copy the values' owners with the energy, and drop the graph of the values."""
-        import copy
+    # A copy of an energy shares the modules that it reaches through functions and has copies of
+    # the others. So copies and pickles remember places, and the values without their graph.
+    def __getstate__(self) -> tuple[Any, ...]:
+        place = {id(module): i for i, module in enumerate(_all_modules(self.energy))}
+        values = [(place[id(module)], name, _cut(value)) for module, name, value in self.values]
+        return self.energy, values, self.drawn_outside
 
-        new = Binding.__new__(Binding)
-        new.values = [(copy.deepcopy(m, memo), n, _cut(v)) for m, n, v in self.values]
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"values": [(m, n, _cut(v)) for m, n, v in self.values]}
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.energy, values, self.drawn_outside = state
+        modules = _all_modules(self.energy)
+        self.values = [(modules[i], name, value) for i, name, value in values]
 
 
 def _cut(value: Any) -> Any:

@@ -7,13 +7,16 @@ from typing import Any, NoReturn
 
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_ebm._binding import modules_of, referenced, registered_name
+from pyro_ebm.energy import describe
 
 ENGINES = {
+    "pyro.infer.discrete": "discrete",
     "pyro.infer.mcmc": "mcmc",
     "pyro.infer.importance": "importance",
     "pyro.infer.svi": "svi",
@@ -62,6 +65,12 @@ def allocated_dims() -> set[int]:
     if any(isinstance(m, EnumMessenger) for m in _PYRO_STACK):
         return set(_ENUM_ALLOCATOR.dim_to_id)
     return set()
+
+
+def plate_dims() -> dict[int, int]:
+    """Return the batch dimensions of the plates in force, with their sizes."""
+    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    return {m.dim: getattr(m, "subsample_size", m.size) for m in plates}
 
 
 def enumerated_dims(shape: torch.Size) -> set[int]:
@@ -144,6 +153,20 @@ def refuse(because: str, wrong: str, site: str | None = None) -> NoReturn:
         "Contrastive(...) (learning by SVI); log_partition='constant' declares that log Z "
         "depends on nothing that is learned, random or compared"
     )
+
+
+def check_drawn_inside(names: tuple[str, ...], energy: Any) -> None:
+    """Refuse inference with an energy whose random parameters were drawn outside the model.
+
+    Raises:
+        ValueError: If one of Pyro's engines is at work and there are such parameters.
+    """
+    if names and engine() is not None:
+        raise ValueError(
+            f"{scoring()[0]}: the GibbsBoltzmann of {describe(energy)} was constructed outside "
+            f"the model, where its PyroSample {_list([*names])} was drawn once for all. Construct "
+            "it inside the model"
+        )
 
 
 def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:

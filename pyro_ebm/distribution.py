@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +12,22 @@ from typing import Any
 import torch
 from pyro.distributions import Categorical, TorchDistribution, constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.traceenum_elbo import BackwardSampleMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm._binding import Binding, evaluating
-from pyro_ebm._guard import allocated_dims, check, enumerated_dims, is_tracing
+from pyro_ebm._guard import (
+    allocated_dims,
+    check,
+    check_drawn_inside,
+    engine,
+    enumerated_dims,
+    is_tracing,
+    plate_dims,
+)
 from pyro_ebm._short_run import short_run, unconstrained
 from pyro_ebm.energy import Energy, check_batch, check_value, describe, is_conditional
 from pyro_ebm.flat import MAX_STATES, Flat, num_states, states_of, values_of
@@ -78,8 +89,15 @@ class GibbsBoltzmann(TorchDistribution):
 
     def __new__(cls, *args: Any, logits: Tensor | None = None, **kwargs: Any) -> Any:
         """Let Pyro's ``compute_marginals`` make a marginal over the rows of the support."""
-        # It calls type(fn)(logits=...) on every enumerated site.
-        return super().__new__(cls) if logits is None else Categorical(logits=logits)
+        # It calls type(fn)(logits=...) on every enumerated site; so does sample_posterior.
+        if logits is None:
+            return super().__new__(cls)
+        if any(isinstance(m, BackwardSampleMessenger) for m in _PYRO_STACK):
+            raise NotImplementedError(
+                "TraceEnum_ELBO.sample_posterior draws rows of a table, not points of a "
+                "GibbsBoltzmann: apply pyro_ebm.infer.IndexReparam to the site"
+            )
+        return Categorical(logits=logits)
 
     def __init__(
         self,
@@ -107,18 +125,34 @@ class GibbsBoltzmann(TorchDistribution):
             _check_beta(beta)
 
     def _probe(self, base: TorchDistributionMixin) -> torch.Size:
-        """Find the batch of a conditional or enumerated energy, by its value at one point."""
-        if not is_conditional(self.energy) and not allocated_dims():
+        """Find the batch that an energy brings along, by its value at one point.
+
+        It is that of given parts, or of what the energy refers to and Pyro has drawn in plates
+        or enumerated.
+        """
+        conditional = is_conditional(self.energy)
+        plates = plate_dims()
+        dims = allocated_dims() | set(plates)
+        if not conditional and not dims:
             return torch.Size()
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), self._binding.active():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            evaluating(self.energy),
+            self._binding.active(),
+        ):
             point = base.sample().reshape(-1, *base.event_shape)[0]
+            if not conditional:  # a network may need the dimensions of a batch
+                point = point.reshape((1,) * -min(dims) + point.shape)
             value = self.energy(point)
         shape = value.shape if isinstance(value, Tensor) else torch.Size()
-        if is_conditional(self.energy):
+        if conditional:
             return shape
-        dims = enumerated_dims(shape)
-        mine = all(n == 1 or i - len(shape) in dims for i, n in enumerate(shape))
-        return shape if mine else torch.Size()  # else the check of the shape will say so
+        sizes = {dim: n for dim, n in zip(range(-len(shape), 0), shape, strict=True) if n > 1}
+        enumerated = enumerated_dims(shape)
+        if any(dim not in enumerated and plates.get(dim) != n for dim, n in sizes.items()):
+            return torch.Size()  # the check of the shape will say so
+        return shape[min(sizes) :] if sizes else torch.Size()
 
     @constraints.dependent_property
     def support(self) -> Constraint:
@@ -140,7 +174,14 @@ class GibbsBoltzmann(TorchDistribution):
 
         Raises:
             ValueError: If the support is not finite, or too large for a table.
+            NotImplementedError: If Pyro's ``infer_discrete`` asks for points that are no scalars.
         """
+        asks = sys._getframe(1).f_code.co_name
+        if self.event_dim and asks == "enumerate_site" and engine() == "discrete":
+            raise NotImplementedError(
+                f"infer_discrete needs scalar sites, got the event shape {tuple(self.event_shape)}"
+                ": apply pyro_ebm.infer.IndexReparam to the site"
+            )
         states = states_of(self.support, self.event_shape).to(self.floating().device)
         ones = (1,) * len(self.batch_shape)
         states = states.reshape(len(states), *ones, *self.event_shape)
@@ -227,6 +268,7 @@ class GibbsBoltzmann(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
+        check_drawn_inside(self._binding.drawn_outside, self.energy)
         log_density = -self.potential(value)
         if self.log_partition is None:
             check(log_density, value, self.energy, self._enumerated)

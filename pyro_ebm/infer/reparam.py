@@ -20,10 +20,11 @@ class IndexReparam(Reparam):
 
     Pyro's ``infer_discrete`` and ``compute_marginals`` need scalar discrete sites; this gives
     them one for spins, patterns and one-hot vectors. The new site is called ``<name>_index`` and
-    is normalised, so that log Z is exact.
+    is normalised, so that log Z is exact. Mark sites for enumeration by ``config_enumerate``
+    (an ``infer=`` of the site itself does not reach the new one).
 
     Raises:
-        ValueError: When applied to a site whose support is not finite.
+        ValueError: When applied to a site whose support is not finite, or observed outside it.
 
     Example:
         >>> def model():
@@ -47,16 +48,26 @@ class IndexReparam(Reparam):
         scores = -fn.potential(states) if isinstance(fn, GibbsBoltzmann) else fn.log_prob(states)
         logits = scores.expand(len(states), *fn.batch_shape).movedim(0, -1)
         table = states.reshape(len(states), *fn.event_shape)
-        observed = _index_of(msg["value"], table) if msg["is_observed"] else None
+        # Pyro's way to say that a value is where to start, not data.
+        start = None if msg["value"] is None else _index_of(msg["value"], table, msg["name"])
         index = pyro.sample(
-            f"{msg['name']}_index", Categorical(logits=logits), obs=observed, infer=msg["infer"]
+            f"{msg['name']}_index",
+            Categorical(logits=logits).to_event(event_dim - fn.event_dim),
+            obs=start,
+            infer={"is_observed": msg["is_observed"]},
         )
         value = msg["value"] if msg["is_observed"] else Vindex(table)[index]
-        new = Delta(value, event_dim=event_dim).mask(False)
-        return {"fn": new, "value": value, "is_observed": True}
+        return {
+            "fn": Delta(value, event_dim=event_dim).mask(False),
+            "value": value,
+            "is_observed": True,
+        }
 
 
-def _index_of(x: Tensor, table: Tensor) -> Tensor:
+def _index_of(x: Tensor, table: Tensor, name: str) -> Tensor:
     """Return the rows at which points stand in a table ``(K, *event)``."""
-    same = (x.unsqueeze(-table.dim()) == table).flatten(x.dim() - table.dim() + 2)
-    return same.all(-1).long().argmax(-1) if table.dim() > 1 else same.long().argmax(-1)
+    same = x.unsqueeze(-table.dim()) == table  # shape: (*batch, K, *event)
+    same = same.flatten(x.dim() - table.dim() + 1).unflatten(-1, (len(table), -1)).all(-1)
+    if not same.any(-1).all():
+        raise ValueError(f"site {name!r} must have values in its support, got {x}")
+    return same.long().argmax(-1)
