@@ -79,7 +79,7 @@ def plot(path, energy, base, history):
     with torch.no_grad():
         d = ebm.GibbsBoltzmann(energy, base, log_partition=Quadrature(-5.0, 5.0, 150))
         log_probs = true_log_prob(points), d.log_prob(points)
-        densities = [log_prob.exp().reshape(200, 200).T for log_prob in log_probs]
+        densities = [log_prob.exp().reshape(200, 200).T.numpy() for log_prob in log_probs]
         samples = d.sample((2000,))
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     extent = (-3.2, 3.2, -3.2, 3.2)
@@ -88,7 +88,7 @@ def plot(path, energy, base, history):
             density, origin="lower", extent=extent, vmin=0, vmax=densities[0].max(), cmap="magma"
         )
         panel.set(title=title, xlabel="$x_1$", ylabel="$x_2$")
-    axes[2].scatter(*samples.T, s=2, color="#08519c")
+    axes[2].scatter(*samples.T.numpy(), s=2, color="#08519c")
     axes[2].set(title="samples by d.sample", aspect="equal", xlim=extent[:2], ylim=extent[2:])
     axes[2].set(xlabel="$x_1$", ylabel="$x_2$")
     steps, loss, exact, _ = zip(*history, strict=True)
