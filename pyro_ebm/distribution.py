@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from pyro.distributions import Categorical, TorchDistribution, constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.traceenum_elbo import BackwardSampleMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -116,7 +118,7 @@ class GibbsBoltzmann(TorchDistribution):
         self._origin: GibbsBoltzmann | None = None
         self._energy_batch = self._probe(base)
         beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
-        batch = torch.broadcast_shapes(base.batch_shape, beta_shape, self._energy_batch)
+        batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, self._energy_batch))
         self.base = base if base.batch_shape == batch else base.expand(batch)
         self._measure = _unvalidated(self.base)
         super().__init__(batch, base.event_shape, validate_args=validate_args)
@@ -217,7 +219,7 @@ class GibbsBoltzmann(TorchDistribution):
     def _energy_at(self, x: Tensor) -> Tensor:
         """Evaluate and check the energy."""
         num_batch = x.dim() - self.event_dim
-        expected = torch.broadcast_shapes(x.shape[:num_batch], self._energy_batch)
+        expected = broadcast_shape(x.shape[:num_batch], self._energy_batch)
         version = None if x.is_inference() or is_tracing() else x._version
         with self._binding.active():
             value = self.energy(x)
@@ -248,7 +250,7 @@ class GibbsBoltzmann(TorchDistribution):
         Returns:
             The potentials, of shape ``(*sample, *batch)``.
         """
-        batch = torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape)
+        batch = broadcast_shape(x.shape[: x.dim() - self.event_dim], self.batch_shape)
         return (self.beta * self._energy_at(x) - self._measure.log_prob(x)).expand(batch)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -345,11 +347,13 @@ def _unvalidated(base: Any) -> Any:
 
 
 def _check_beta(beta: float | Tensor) -> None:
-    values = torch.as_tensor(beta)
-    if not bool(((values > 0) & values.isfinite()).all()):
-        shown = beta if values.dim() else values.item()
+    if isinstance(beta, Tensor):
+        fine = bool(((beta > 0) & beta.isfinite()).all())
+    else:
+        fine = 0.0 < beta < math.inf
+    if not fine:
         raise ValueError(
-            f"beta must be positive and finite, got {shown}; beta = 0 is the base and beta = inf "
+            f"beta must be positive and finite, got {beta}; beta = 0 is the base and beta = inf "
             "the minimum of the energy"
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
@@ -169,7 +170,7 @@ class Flat(TorchDistribution):
         batch = value.shape[: value.dim() - self.event_dim]
         dtype = value.dtype if value.dtype.is_floating_point else self._like.dtype
         zero = torch.zeros((), dtype=dtype, device=value.device)
-        return zero.expand(torch.broadcast_shapes(batch, self.batch_shape))
+        return zero.expand(broadcast_shape(batch, self.batch_shape))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all states, of shape ``(K, *batch, *event)``, or with a batch of ones."""
