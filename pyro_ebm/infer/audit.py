@@ -25,7 +25,7 @@ REMEDY = (
 
 
 class Finding(NamedTuple):
-    """What an audit found at a site.
+    """What an audit found at a ``site``: a ``kind``, the ``names`` involved and a ``message``.
 
     ``kind`` is ``"random"`` (log Z depends on a latent site), ``"learned"`` (on a parameter),
     ``"control"`` (Python code read the value of a latent site, perhaps to choose the energy),

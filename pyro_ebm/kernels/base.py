@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
 
 
 class State(NamedTuple):
-    """Chains at their positions, with energies ``(*chains,)`` and gradients."""
+    """Chains: their ``position``, ``energy`` ``(*chains,)`` and ``grad`` of the energy."""
 
     position: Tensor
     energy: Tensor
@@ -33,7 +33,9 @@ class State(NamedTuple):
 class MoveInfo(NamedTuple):
     """The record of a move, each of shape ``(*chains,)``.
 
-    ``invalid`` marks proposals whose energy was NaN or minus infinity; they are rejected.
+    ``energy`` is that after the move, ``accept_prob`` the probability of taking the proposal and
+    ``accepted`` whether it was. ``invalid`` marks proposals whose energy was NaN or minus
+    infinity; they are rejected.
     """
 
     energy: Tensor

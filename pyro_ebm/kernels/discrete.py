@@ -12,7 +12,7 @@ from pyro_ebm.kernels.base import Kernel, MoveInfo
 
 
 class SpinState(NamedTuple):
-    """Chains at their positions, with energies ``(*chains,)``."""
+    """Chains: their ``position`` and ``energy`` ``(*chains,)``."""
 
     position: Tensor
     energy: Tensor

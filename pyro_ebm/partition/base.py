@@ -16,9 +16,9 @@ MIN_ESS = 10.0  # below this an estimate and its own error are not to be trusted
 
 
 class LogPartition(NamedTuple):
-    """A log Z, with its standard error and effective sample size, of the batch's shape.
+    """A log Z: ``value``, ``std_error`` and effective sample size ``ess``, of the batch's shape.
 
-    Deterministic methods have an infinite effective sample size.
+    Deterministic methods have an infinite ``ess``.
     """
 
     value: Tensor
