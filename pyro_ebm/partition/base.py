@@ -62,7 +62,7 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
 
     Example:
         >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x**2, ebm.Flat())
-        >>> value, std_error, ess = log_partition(d, Quadrature(-10.0, 10.0, 64))
+        >>> value, std_error, ess = log_partition(d, ebm.partition.Quadrature(-10.0, 10.0, 64))
         >>> value                                           # log of sqrt(2 pi)
         tensor(0.9189)
     """
