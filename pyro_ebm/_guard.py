@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -110,6 +111,14 @@ def _will_run(node: Any) -> bool:
         return True
 
 
+def _is_running(name: str) -> bool:
+    """Whether a function of some name is being executed."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def scoring() -> tuple[str, dict[str, Any]]:
     """Return the site that Pyro is scoring, in words, and the nodes of its trace, by name."""
     frame = sys._getframe(1)
@@ -166,6 +175,28 @@ def check_drawn_inside(names: tuple[str, ...], energy: Any) -> None:
             f"{scoring()[0]}: the GibbsBoltzmann of {describe(energy)} was constructed outside "
             f"the model, where its PyroSample {_list([*names])} was drawn once for all. Construct "
             "it inside the model"
+        )
+
+
+def check_not_transformed(caller: FrameType) -> None:
+    """Refuse a guide that transforms draws by learned parameters, as AutoRegressiveMessenger does.
+
+    The draws carry no graph to the parameters, and torch's cached transforms cut them off from
+    the log-density, too: their gradients would be silently missing.
+
+    Raises:
+        NotImplementedError: If this is so.
+    """
+    if caller.f_globals.get("__name__") != "torch.distributions.transformed_distribution":
+        return
+    transforms = caller.f_locals["self"].transforms
+    parts = [part for t in transforms for part in (t, *vars(t).values())]
+    learned = (isinstance(p, nn.Module) or getattr(p, "requires_grad", False) for p in parts)
+    if any(learned) and _is_running("compute_score_parts"):
+        raise NotImplementedError(
+            "a guide cannot learn to transform draws of a GibbsBoltzmann, which are not "
+            "reparametrised. Instead of AutoRegressiveMessenger use AutoNormalMessenger, or "
+            "override its get_posterior for the site"
         )
 
 

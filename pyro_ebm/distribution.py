@@ -25,6 +25,7 @@ from pyro_ebm._guard import (
     allocated_dims,
     check,
     check_drawn_inside,
+    check_not_transformed,
     engine,
     enumerated_dims,
     is_tracing,
@@ -271,6 +272,7 @@ class GibbsBoltzmann(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         check_drawn_inside(self._binding.drawn_outside, self.energy)
+        check_not_transformed(sys._getframe(1))
         log_density = -self.potential(value)
         if self.log_partition is None:
             check(log_density, value, self.energy, self._enumerated)
