@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -164,6 +165,13 @@ def refuse(because: str, wrong: str, site: str | None = None) -> NoReturn:
     )
 
 
+def _is_learned(leaf: Tensor) -> bool:
+    """Whether a leaf is in Pyro's parameter store and, under SVI, a parameter of this step."""
+    name = registered_name(leaf)
+    steps = [m for m in _PYRO_STACK if isinstance(m, TraceMessenger) and m.param_only]
+    return name is not None and all(name in m.trace for m in steps)
+
+
 def check_drawn_inside(names: tuple[str, ...], energy: Any) -> None:
     """Refuse inference with an energy whose random parameters were drawn outside the model.
 
@@ -221,7 +229,7 @@ def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:
     if is_tracing():
         return
     found, seen = walk(value, without=x)
-    stored = {n: leaf for n, leaf in found.items() if registered_name(leaf) is not None}
+    stored = {n: leaf for n, leaf in found.items() if _is_learned(leaf)}
     if kind == "mcmc":
         fixed = {n for n, leaf in found.items() if isinstance(leaf, nn.Parameter)}
         if any(node not in stored and node not in fixed for node in found):

@@ -46,6 +46,13 @@ def test_a_network_learned_before_is_fixed_under_nuts():
     MCMC(NUTS(model), 5, 5, disable_progbar=True).run()
 
 
+def test_a_network_learned_before_is_fixed_where_svi_does_not_learn_it():
+    energy = network()
+    pyro.module("energy", energy)  # as an earlier run of SVI left it
+    svi = SVI(prior, AutoNormal(prior), Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(isinstance(svi.step(energy), float) for _ in range(3))
+
+
 def test_learning_by_hand_is_refused_in_its_backward_pass():
     d, x = ebm.GibbsBoltzmann(network(), BASE), torch.randn(5, 2)
     loss = -d.log_prob(x).mean()  # its value is that of an unnormalised density: right so far

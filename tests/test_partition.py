@@ -320,6 +320,12 @@ def test_a_number_that_is_no_log_z_is_said_to_be_none():
         log_partition(d, Contrastive(persistent=False))
 
 
+def test_a_traced_model_would_freeze_the_chains():
+    d = ebm.GibbsBoltzmann(lambda x: x**2, dist.Normal(0.0, 1.0), validate_args=False)
+    with pytest.raises(NotImplementedError, match="which a traced model cannot repeat"):
+        torch.func.vmap(lambda x: Contrastive(num_chains=4).log_z(d, x))(torch.zeros(2))
+
+
 def test_minus_infinity_and_finite_supports_are_refused():
     low = ebm.GibbsBoltzmann(
         lambda x: torch.where(x > -9, -torch.inf, x), dist.Normal(0.0, 1.0), validate_args=False

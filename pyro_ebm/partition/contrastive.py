@@ -13,7 +13,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_ebm._binding import evaluating
-from pyro_ebm._guard import UnnormalizedWarning
+from pyro_ebm._guard import UnnormalizedWarning, is_tracing
 from pyro_ebm._short_run import adapt, unconstrained
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy
@@ -126,9 +126,15 @@ class Contrastive:
 
         Raises:
             UnnormalizedError: If an engine asks that needs the value, the same every time.
+            NotImplementedError: If the model is traced, which would freeze the chains.
             ValueError: If the support is finite, or the energy minus infinity.
         """
         needs_value(self, "gives a new estimate at every evaluation", bool(d._enumerated))
+        if is_tracing():
+            raise NotImplementedError(
+                "Contrastive moves its chains at every evaluation, which a traced model cannot "
+                "repeat: use Trace_ELBO instead of JitTrace_ELBO"
+            )
         negatives = self._advance(d, x)
         assert self.chains is not None
         weight = torch.softmax(self.chains.log_weight[:, 0], 0)
