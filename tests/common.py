@@ -1,10 +1,12 @@
 """Exact laws and tolerances: the only place with numbers."""
 
+import arviz as az
 import torch
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # one number by two formulas, float64
 NUMERIC = {"rtol": 1e-6, "atol": 1e-8}  # against finite differences or quadrature
 FALSE_ALARM = 1e-6  # least p-value of a statistical test of independent draws
+FAR = 5.0  # standard errors between a mean and the truth
 
 
 class Line:
@@ -37,3 +39,15 @@ class Line:
         expected = samples.numel() / bins
         chi2 = ((counts - expected).square() / expected).sum()
         return torch.special.gammaincc(chi2.new_tensor((bins - 1) / 2), chi2 / 2).item()
+
+
+def standard_errors(draws, mean, sd):
+    """How far one chain's mean is from the truth, in standard errors: the largest component.
+
+    The standard error is ``sd / sqrt(ESS)``, with the true ``sd`` and the chain's own effective
+    sample size, at most the number of draws. A chain that does not move gives NaN.
+    """
+    x = draws.detach().cpu().flatten(1) if draws.dim() > 1 else draws.detach().cpu()[:, None]
+    ess = torch.tensor([az.ess(c.numpy()[None]) for c in x.T]).clamp(max=len(x))
+    mean, sd = (torch.as_tensor(v).detach().cpu().flatten() for v in (mean, sd))
+    return ((x.mean(0) - mean).abs() * ess.sqrt() / sd).max().item()

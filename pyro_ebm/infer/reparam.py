@@ -21,7 +21,8 @@ class IndexReparam(Reparam):
     Pyro's ``infer_discrete`` and ``compute_marginals`` need scalar discrete sites; this gives
     them one for spins, patterns and one-hot vectors. The new site is called ``<name>_index`` and
     is normalised, so that log Z is exact. Mark sites for enumeration by ``config_enumerate``
-    (an ``infer=`` of the site itself does not reach the new one).
+    (an ``infer=`` of the site itself does not reach the new one). Chains and guides over the
+    other sites enumerate the site as it is, and do not start with a reparametrised one.
 
     Raises:
         ValueError: When applied to a site whose support is not finite, or observed outside it.
