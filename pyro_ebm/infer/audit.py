@@ -76,21 +76,21 @@ def _sites(trace: poutine.Trace) -> Iterator[tuple[str, Any, GibbsBoltzmann]]:
             yield name, node, fn
 
 
-def _unregistered(d: GibbsBoltzmann) -> tuple[str, ...]:
-    """Return the trainable parameters of an energy that Pyro would not train."""
+def _unregistered(d: GibbsBoltzmann, params: frozenset[str]) -> tuple[str, ...]:
+    """Return the trainable parameters of an energy that are not among the model's."""
     bound = {(id(module), name) for module, name, _ in d._binding.values}
     return tuple(
         f"{top}.{name}"
         for top, module in modules_of(d.energy).items()
         for name, leaf in module.named_parameters()
-        if leaf.requires_grad and registered_name(leaf) is None
+        if leaf.requires_grad and registered_name(leaf) not in params
         if (id(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])
         not in bound
     )
 
 
 def _log_z_depends_on(
-    d: GibbsBoltzmann, value: Tensor, reads: frozenset[str]
+    d: GibbsBoltzmann, value: Tensor, reads: frozenset[str], params: frozenset[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the random sites, the parameters and the read sites that log Z depends on."""
     mode = _Reads()
@@ -98,14 +98,20 @@ def _log_z_depends_on(
         potential = d.potential(detach_provenance(value).detach())
     random = get_provenance(potential)
     leaves = walk(detach_provenance(potential))[0].values()
-    learned = {n for leaf in leaves if (n := registered_name(leaf)) is not None}
-    return tuple(sorted(random)), tuple(sorted(learned)), tuple(sorted(reads | mode.names))
+    learned = {n for leaf in leaves if (n := registered_name(leaf)) in params}
+    return (
+        tuple(sorted(random)),
+        tuple(sorted(map(str, learned))),
+        tuple(sorted(reads | mode.names)),
+    )
 
 
-def _findings(name: str, node: Any, d: GibbsBoltzmann, reads: frozenset[str]) -> Iterator[Finding]:
+def _findings(
+    name: str, node: Any, d: GibbsBoltzmann, reads: frozenset[str], params: frozenset[str]
+) -> Iterator[Finding]:
     if d.log_partition is None:
         own = frozenset({name})
-        random, learned, control = _log_z_depends_on(d, node["value"], reads - own)
+        random, learned, control = _log_z_depends_on(d, node["value"], reads - own, params)
         for kind, names in (("random", random), ("learned", learned), ("control", control)):
             if names and not (kind == "control" and set(names) <= set(random)):
                 yield Finding(name, kind, names, _MESSAGES[kind].format(name, ", ".join(names)))
@@ -113,7 +119,7 @@ def _findings(name: str, node: Any, d: GibbsBoltzmann, reads: frozenset[str]) ->
             yield Finding(name, "evidence", (), _MESSAGES["evidence"].format(name))
     elif getattr(d.log_partition, "value", "") == "none":
         yield Finding(name, "gradient", (), _MESSAGES["gradient"].format(name))
-    if node["is_observed"] and (names := _unregistered(d)):
+    if node["is_observed"] and (names := _unregistered(d, params)):
         listed = ", ".join(names)
         yield Finding(name, "unregistered", names, _MESSAGES["unregistered"].format(name, listed))
 
@@ -130,8 +136,8 @@ _MESSAGES = {
     "gradient": "site {!r}: log Z has its gradient only; SVI is right, MCMC and evidence are "
     "refused.",
     "unregistered": "site {!r}: the observed energy's {} require gradients but are not registered "
-    "with Pyro, so that SVI would never train them; call pyro.module(name, energy) in the model, "
-    "or energy.requires_grad_(False).",
+    "with Pyro in the model, so that SVI would never train them; call pyro.module(name, energy) "
+    "there (construct the GibbsBoltzmann of a PyroModule there), or energy.requires_grad_(False).",
 }
 
 
@@ -146,7 +152,8 @@ def inspect_sites(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[
         _Provenance(),
     ):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
-    return [f for site in _sites(trace) for f in _findings(*site, mode.names)]
+    params = frozenset(name for name, node in trace.nodes.items() if node["type"] == "param")
+    return [f for site in _sites(trace) for f in _findings(*site, mode.names, params)]
 
 
 def audit(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Finding]:
