@@ -33,8 +33,11 @@ class Method(Protocol):
     ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused.
     """
 
-    value: str
-    gradient: str
+    @property
+    def value(self) -> str: ...
+
+    @property
+    def gradient(self) -> str: ...
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return log Z of the batch's shape, differentiable in beta and in all parameters."""
