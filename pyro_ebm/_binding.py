@@ -144,23 +144,28 @@ def _of_plain_module(
     Raises:
         ValueError: If a parameter has several matches.
     """
+    drawn = [(full, path) for full in lifted for path in full.split("$$$")[1:]]
     for name, parameter in module.named_parameters():
-        found = {
-            full: path
-            for full, value in lifted.items()
-            for path in full.split("$$$")[1:]
+        if not parameter.requires_grad:  # pyro.module passes them over
+            continue
+        n = parameter.dim()
+        exact = {full for full, path in drawn if path == name}
+        similar = {
+            full
+            for full, path in drawn
             if f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}")
-            if parameter.requires_grad and value.shape == parameter.shape
         }
-        exact = {full for full, path in found.items() if path == name} or set(found)
-        if len(exact) > 1:
-            listed = ", ".join(map(repr, sorted(exact)))
+        # Plates and vectorised particles add dimensions in front.
+        fits = {full for full in similar if lifted[full].shape[-n:] == parameter.shape or not n}
+        found = exact & fits or fits or exact
+        if len(found) > 1:
+            listed = ", ".join(map(repr, sorted(found)))
             raise ValueError(
                 f"poutine.lift: parameter {name!r} of {type(module).__name__} must match one "
                 f"lifted parameter, got {listed}; make the energies PyroModules, each with a name"
             )
         owner, _, leaf = name.rpartition(".")
-        yield from ((module.get_submodule(owner), leaf, lifted[full]) for full in exact)
+        yield from ((module.get_submodule(owner), leaf, lifted[full]) for full in found)
 
 
 class Binding:
