@@ -1,9 +1,10 @@
 """Every feature of Pyro, with an energy as latent, as observation and in a guide.
 
 In each role the posterior of the site ``z`` is the normal law of mean 1/2 and variance 1/2 in
-every component (or a table, for ``FINITE``), and the evidence is known, so that a cell asks for
-the right number. A new feature is one line. Cells that cannot work stand in ``CANNOT`` with their
-reason, and must raise the error that is written there.
+every component, and the evidence is known, so that a cell asks for the right number. A new
+feature is one line of ``FEATURES``. Cells that cannot work stand in ``CANNOT`` with their reason,
+and must raise the error that is written there. Features for discrete sites are in
+``test_pyro_finite.py``, chains and guides that run for longer in ``test_pyro_long.py``.
 """
 
 import contextlib
@@ -35,17 +36,15 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     autoguide,
-    config_enumerate,
-    infer_discrete,
 )
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.inspect import get_dependencies, render_model
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.infer.reparam import NeuTraReparam
-from pyro.optim import Adam, ClippedAdam
+from pyro.optim import Adam
 
 import pyro_ebm as ebm
-from tests.common import FALSE_ALARM, FAR, NUMERIC, standard_errors
+from tests.common import FAR, NUMERIC, standard_errors
 
 EVENTS = {"scalar": (), "vector": (2,)}
 MEAN, SD = 0.5, math.sqrt(0.5)
@@ -102,13 +101,18 @@ def normal_guide(event, device):
     return guide
 
 
-def options(event, device, precision=None, log_partition=None, decorate=None, extra=0):
-    """The options of all roles: a parameter, a method, and what is done to the distribution."""
-    return precision or (lambda: 1.0), log_partition, decorate or (lambda d: d), len(event) + extra
+def log_evidence(event):
+    return log_normal(torch.ones(event), 0.0, 0.5, len(event)).item()
+
+
+def options(event, precision=lambda: 1.0, log_partition=None, decorate=lambda d: d, extra=0):
+    """The options of all roles: a factor of the energy, a method for log Z, and what is done to
+    the distribution, with the event dimensions that this adds."""
+    return precision, log_partition, decorate, len(event) + extra
 
 
 def latent(event, device, **opts):
-    precision, log_partition, decorate, n = options(event, device, **opts)
+    precision, log_partition, decorate, n = options(event, **opts)
 
     def model():
         k = precision()
@@ -126,14 +130,14 @@ def latent(event, device, **opts):
         return log_normal(values["z"], 0.0, values.get("k", 1.0), n)
 
     missing = 0.5 * math.prod(event) * math.log(2 * math.pi) if log_partition is None else 0.0
-    evidence = log_normal(torch.ones(event), 0.0, 0.5, len(event)).item() + missing
+    evidence = log_evidence(event) + missing
     change = partial(latent, event, device)
     guide = normal_guide(event, device)
     return Problem(model, guide, model, "z", score, evidence, event, device, change)
 
 
 def observed(event, device, **opts):
-    precision, _, decorate, n = options(event, device, **opts)
+    precision, _, decorate, n = options(event, **opts)
 
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(event, device=device), 1.0).to_event())
@@ -146,14 +150,14 @@ def observed(event, device, **opts):
     def score(values):
         return log_normal(values["x"], values["z"], values.get("k", 1.0), n)
 
-    evidence = log_normal(torch.ones(event), 0.0, 0.5, len(event)).item()
+    evidence = log_evidence(event)
     change = partial(observed, event, device)
     guide = normal_guide(event, device)
     return Problem(model, guide, model, "x", score, evidence, event, device, change)
 
 
 def in_guide(event, device, **opts):
-    precision, _, decorate, n = options(event, device, **opts)
+    precision, _, decorate, n = options(event, **opts)
 
     def guide():
         loc = pyro.param("loc", lambda: torch.full(event, MEAN, device=device))
@@ -173,7 +177,7 @@ def in_guide(event, device, **opts):
     def score(values):
         return log_normal(values["z"], MEAN, values.get("k", 1.0) / SD**2, n)
 
-    evidence = log_normal(torch.ones(event), 0.0, 0.5, len(event)).item()
+    evidence = log_evidence(event)
     change = partial(in_guide, event, device)
     model = normal_model(event, device)
     return Problem(model, guide, guide, "z", score, evidence, event, device, change)
@@ -557,460 +561,13 @@ def test_a_cell_sees_a_wrong_energy(feature, role, device):
         FEATURES[feature][0](wrong)
 
 
-# Finite supports ---------------------------------------------------------------------------------
-
-
-class Table(NamedTuple):
-    """An energy with a finite support in one role, and the truth by enumeration."""
-
-    model: Callable[[], Any]  # returns the value of z
-    guide: Callable[[], Any]
-    site: str
-    states: torch.Tensor  # all values of z
-    posterior: torch.Tensor  # their probabilities given the data
-    loss: float  # minus the best bound of this guide
-    log_z: float  # what the loss lacks
-
-
-def nothing():
-    """The guide of a model whose sites are all enumerated."""
-
-
-def booleans(n):
-    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * n)
-
-
-SUPPORTS = {
-    "integers": ((), constraints.integer_interval(1, 3), torch.tensor([1, 2, 3])),
-    "boolean": ((), constraints.boolean, booleans(1)),
-    "booleans": ((2,), constraints.boolean, booleans(2)),
-    "one-hot": ((3,), constraints.one_hot, torch.eye(3).long()),
-}
-
-
-def read(x, event):
-    """A number that tells the states apart."""
-    x = x.to(torch.get_default_dtype())
-    return (
-        (x * torch.tensor([1.0, -0.5, 2.0], device=x.device)[: x.shape[-1]]).sum(-1)
-        if event
-        else x
-    )
-
-
-def shallow(x, event):
-    return 0.3 * read(x, event) - 0.2 * read(x, event) ** 2
-
-
-def finite_latent(event, support, states):
-    datum = torch.tensor(0.7, device=states.device)
-
-    def model():
-        flat = ebm.Flat(event, support, device=states.device)
-        z = pyro.sample("z", ebm.GibbsBoltzmann(lambda x: shallow(x, event), flat))
-        pyro.sample("y", dist.Normal(read(z, event), 1.0), obs=datum)
-        return z
-
-    joint = dist.Normal(read(states, event), 1.0).log_prob(datum) - shallow(states, event)
-    log_z = (-shallow(states, event)).logsumexp(0).item()
-    loss = -joint.logsumexp(0).item()
-    return Table(model, nothing, "z", states, joint.softmax(0), loss, log_z)
-
-
-def finite_observed(event, support, states):
-    prior = torch.tensor([0.2, 0.3, 0.5], device=states.device)
-    scales = torch.tensor([0.5, 1.0, 2.0], device=states.device)
-    exact = ebm.partition.Exact()
-
-    def model():
-        z = pyro.sample("z", dist.Categorical(prior))
-        energy = ebm.Given(lambda x, s: s * shallow(x, event), scales[z])
-        flat = ebm.Flat(event, support, device=states.device)
-        d = ebm.GibbsBoltzmann(energy, flat, log_partition=exact)
-        pyro.sample("x", d, obs=states[1])
-        return z
-
-    table = -scales * shallow(states, event).unsqueeze(-1)  # shape: (K, 3)
-    joint = prior.log() + table[1] - table.logsumexp(0)
-    loss = -joint.logsumexp(0).item()
-    labels = torch.arange(3, device=states.device)
-    return Table(model, nothing, "x", labels, joint.softmax(0), loss, 0.0)
-
-
-def finite_guide(event, support, states):
-    flat = ebm.Flat(event, support, device=states.device)
-    exact = ebm.partition.Exact()
-
-    def model():
-        d = ebm.GibbsBoltzmann(lambda x: 0.0 * read(x, event), flat, log_partition=exact)
-        z = pyro.sample("z", d)
-        pyro.sample("y", dist.Normal(read(z, event), 1.0), obs=torch.ones_like(read(z, event)))
-        return z
-
-    def guide():
-        k = pyro.param("k", torch.tensor(1.5, device=states.device))
-        d = ebm.GibbsBoltzmann(lambda x: k * shallow(x, event), flat, log_partition=exact)
-        pyro.sample("z", d)
-
-    q = (-1.5 * shallow(states, event)).log_softmax(0)
-    p = dist.Normal(read(states, event), 1.0).log_prob(torch.ones((), device=states.device))
-    loss = (q.exp() * (q - p + math.log(len(states)))).sum().item()
-    return Table(model, guide, "z", states, q.exp(), loss, 0.0)
-
-
-FINITE_ROLES = {"latent": finite_latent, "observed": finite_observed, "guide": finite_guide}
-
-
-def with_enumeration(t, elbo=TraceEnum_ELBO, how="parallel"):
-    model, guide = t.model, config_enumerate(t.guide, how)
-    if t.guide is nothing:
-        model = config_enumerate(model)
-    loss = elbo(max_plate_nesting=0).loss(model, guide)
-    torch.testing.assert_close(loss, t.loss, **NUMERIC)
-
-
-def with_marginals(t, name="z"):
-    model = config_enumerate(t.model)
-    found = TraceEnum_ELBO(max_plate_nesting=0).compute_marginals(model, config_enumerate(t.guide))
-    torch.testing.assert_close(found[name].probs, t.posterior, **NUMERIC)
-
-
-def is_state(x, states):
-    """Whether points ``(n, *event)`` are the states ``(K, *event)``: shape (n, K)."""
-    return (
-        (x.unsqueeze(1) == states).flatten(2).all(-1) if states.dim() > 1 else x[:, None] == states
-    )
-
-
-def with_discrete_samples(t, n=4000):
-    def model():
-        with pyro.plate("draws", n):
-            return t.model()
-
-    draws = infer_discrete(config_enumerate(model), first_available_dim=-2)()
-    counts = is_state(draws, t.states).sum(0)
-    assert counts.sum() == n
-    chi2 = ((counts - n * t.posterior) ** 2 / (n * t.posterior)).sum()
-    p_value = torch.special.gammaincc(chi2.new_tensor((len(counts) - 1) / 2), chi2 / 2)
-    assert p_value > FALSE_ALARM
-
-
-def with_discrete_mode(t):
-    best = infer_discrete(config_enumerate(t.model), first_available_dim=-1, temperature=0)()
-    torch.testing.assert_close(best, t.states[t.posterior.argmax()])
-
-
-def with_sample_posterior(t):
-    elbo = TraceEnum_ELBO(max_plate_nesting=0)
-    z = elbo.sample_posterior(config_enumerate(t.model), t.guide)
-    assert z.shape == t.states.shape[1:]
-    assert is_state(z[None], t.states).any()
-
-
-def with_discrete_guide(t):
-    guide = autoguide.AutoDiscreteParallel(t.model)
-    elbo = TraceEnum_ELBO(max_plate_nesting=0)
-    svi = SVI(t.model, config_enumerate(guide), Adam({"lr": 0.1}), elbo)
-    losses = [svi.step() for _ in range(100)]
-    torch.testing.assert_close(losses[-1], t.loss, rtol=0, atol=1e-3)  # trained, not exact
-
-
-def with_discrete_gradient(t):
-    """Of the bound in the guide's parameter, against a difference of exact losses."""
-    elbo = TraceEnum_ELBO(max_plate_nesting=0)
-    elbo.loss_and_grads(t.model, config_enumerate(t.guide))
-    (leaf,) = (leaf for _, leaf in pyro.get_param_store().named_parameters())
-
-    def loss(step):
-        with torch.no_grad():
-            leaf.add_(step)
-            value = elbo.loss(t.model, config_enumerate(t.guide))
-            leaf.sub_(step)
-        return value
-
-    torch.testing.assert_close(leaf.grad.item(), (loss(1e-5) - loss(-1e-5)) / 2e-5, **NUMERIC)
-
-
-def by_index(feature, **kwargs):
-    """The same with the energy's site reparametrised, and so normalised."""
-
-    def with_index(t):
-        config = {t.site: ebm.infer.IndexReparam()}
-        t = t._replace(model=poutine.reparam(t.model, config=config), loss=t.loss + t.log_z)
-        feature(t, **kwargs)
-
-    return with_index
-
-
-LATENT = ("latent",)
-FINITE = {
-    "TraceEnum_ELBO": (with_enumeration, ALL),
-    "TraceEnum_ELBO, sequential": (partial(with_enumeration, how="sequential"), ("guide",)),
-    "TraceEnum_ELBO, gradient": (with_discrete_gradient, ("guide",)),
-    "TraceEnum_ELBO, index": (by_index(with_enumeration), MODEL),
-    "compute_marginals": (with_marginals, ALL),
-    "compute_marginals, index": (by_index(with_marginals, name="z_index"), LATENT),
-    "infer_discrete": (with_discrete_samples, MODEL),
-    "infer_discrete, index": (by_index(with_discrete_samples), MODEL),
-    "infer_discrete, mode": (with_discrete_mode, MODEL),
-    "infer_discrete, mode, index": (by_index(with_discrete_mode), MODEL),
-    "sample_posterior": (with_sample_posterior, MODEL),
-    "sample_posterior, index": (by_index(with_sample_posterior), LATENT),
-    "AutoDiscreteParallel": (with_discrete_guide, MODEL),
-    "AutoDiscreteParallel, index": (by_index(with_discrete_guide), LATENT),
-}
-
-NOT_A_SCALAR = Cannot(NotImplementedError, "infer_discrete needs scalar sites.*IndexReparam")
-ROWS = Cannot(NotImplementedError, "draws rows of a table.*IndexReparam")
-UNKNOWN = Cannot(NotImplementedError, "GibbsBoltzmann is not supported")
-CANNOT_BE_FINITE = {
-    ("compute_marginals", "guide", ANY): Cannot(NotImplementedError, "with guide enumeration"),
-    ("infer_discrete", "latent", "booleans"): NOT_A_SCALAR,
-    ("infer_discrete", "latent", "one-hot"): NOT_A_SCALAR,
-    ("infer_discrete, mode", "latent", "booleans"): NOT_A_SCALAR,
-    ("infer_discrete, mode", "latent", "one-hot"): NOT_A_SCALAR,
-    ("sample_posterior", "latent", ANY): ROWS,
-    ("AutoDiscreteParallel", "latent", ANY): UNKNOWN,
-}
-
-
-@pytest.mark.parametrize(("feature", "role", "support"), cells(FINITE, SUPPORTS))
-def test_finite_feature(feature, role, support, device):
-    event, constraint, states = SUPPORTS[support]
-    states = states if states.dtype == torch.long else states.to(torch.get_default_dtype())
-    table = FINITE_ROLES[role](event, constraint, states.to(device))
-    with works_or_says_why(CANNOT_BE_FINITE, feature, role, support):
-        FINITE[feature][0](table)
-
-
-@pytest.mark.parametrize(
-    "feature", ["compute_marginals", "infer_discrete", "infer_discrete, mode"]
-)
-@pytest.mark.parametrize("role", ["latent", "observed"])
-def test_a_finite_cell_sees_a_wrong_table(feature, role, device):
-    event, constraint, states = SUPPORTS["integers"]
-    table = FINITE_ROLES[role](event, constraint, states.to(device))
-    with pytest.raises(AssertionError):
-        FINITE[feature][0](table._replace(posterior=table.posterior.flip(0)))
+def assert_all_are_cells(cannot, features):
+    assert {feature for feature, _, _ in cannot} <= set(features)
+    assert {role for _, role, _ in cannot} <= {*ROLES, ANY}
 
 
 def test_every_exception_is_of_a_cell():
-    for cannot, features in ((CANNOT, FEATURES), (CANNOT_BE_FINITE, FINITE)):
-        assert {feature for feature, _, _ in cannot} <= set(features)
-        assert {role for _, role, _ in cannot} <= {*ROLES, ANY}
-
-
-# Long runs ---------------------------------------------------------------------------------------
-
-LONG = {
-    "NUTS": (NUTS, 800, 200),
-    "HMC": (partial(HMC, trajectory_length=2.0), 800, 200),
-    "RandomWalkKernel": (RandomWalkKernel, 6000, 1000),
-}
-
-
-def far_from_the_posterior(p, make, num_samples, warmup_steps):
-    """Distances of a chain's mean and of its variance from the truth."""
-    z = run(make(p.model), num_samples, warmup_steps).get_samples()["z"]
-    deviation = (z - MEAN) ** 2  # its standard deviation is sqrt(2) times the variance
-    return standard_errors(z, MEAN, SD), standard_errors(deviation, SD**2, 2**0.5 * SD**2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", LONG)
-@pytest.mark.parametrize("role", ["latent", "observed"])
-def test_long_chains_have_the_mean_and_variance_of_the_posterior(kernel, role, device):
-    assert max(far_from_the_posterior(ROLES[role]((), device), *LONG[kernel])) < FAR
-
-
-@pytest.mark.slow
-def test_a_long_chain_on_a_wrong_energy_is_far(device):
-    wrong = latent((), device, precision=lambda: 4.0)
-    assert max(far_from_the_posterior(wrong, *LONG["NUTS"])) > FAR
-
-
-FULL = "covariance"  # the guide has all entries of the covariance
-DIAGONAL = "inverse diagonal of the precision"  # the best independent components
-FITTED = {
-    "AutoDelta": None,
-    "AutoNormal": DIAGONAL,
-    "AutoDiagonalNormal": DIAGONAL,
-    "AutoMultivariateNormal": FULL,
-    "AutoLowRankMultivariateNormal": FULL,
-    "AutoIAFNormal": FULL,
-    "AutoLaplaceApproximation": FULL,
-    "AutoStructured": FULL,
-    "AutoGaussian": FULL,
-    "AutoNormalMessenger": DIAGONAL,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FITTED)
-def test_a_guide_is_fitted_to_the_gaussian_posterior(name, device):
-    precision = torch.tensor([[2.0, 0.8], [0.8, 1.0]], device=device)
-    data = torch.tensor([1.0, -1.0], device=device)
-
-    def model():
-        energy = lambda x: 0.5 * (x @ precision * x).sum(-1)
-        z = pyro.sample("z", ebm.GibbsBoltzmann(energy, ebm.Flat((2,), device=device)))
-        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=data)
-
-    posterior = precision + torch.eye(2, device=device)
-    cov = posterior.inverse()
-    guide = AUTOGUIDES[name](model)
-    elbo = Trace_ELBO(100, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, ClippedAdam({"lr": 0.1, "lrd": 0.01 ** (1 / 500)}), elbo)
-    for _ in range(500):
-        svi.step()
-    if name == "AutoLaplaceApproximation":
-        guide = guide.laplace_approximation()
-    draws = Predictive(guide, num_samples=40_000, parallel=True, return_sites=["z"])()["z"]
-    # In standard deviations; what the last steps of training leave is about 0.02.
-    scale = cov.diagonal().sqrt()
-    assert ((draws.mean(0) - cov @ data) / scale).abs().max() < 0.05
-    if FITTED[name] is not None:
-        best = cov if FITTED[name] == FULL else posterior.diagonal().reciprocal().diag()
-        assert ((draws.T.cov() - best) / torch.outer(scale, scale)).abs().max() < 0.05
-
-
-GRADIENTS = {
-    name: partial(make, 500, vectorize_particles=True, max_plate_nesting=0, **kwargs)
-    for name, make, kwargs in (
-        ("Trace", Trace_ELBO, {}),
-        ("TraceGraph", TraceGraph_ELBO, {}),
-        ("TraceEnum", TraceEnum_ELBO, {"strict_enumeration_warning": False}),
-        ("JitTrace", JitTrace_ELBO, {"ignore_jit_warnings": True}),
-    )
-}
-
-
-@pytest.mark.parametrize("elbo", GRADIENTS)
-def test_the_gradient_of_the_bound_in_a_guide_is_the_closed_form(elbo, device):
-    p, elbo = in_guide((), device), GRADIENTS[elbo]()
-    pyro.param("loc", torch.zeros((), device=device))
-    pyro.param("precision", torch.ones((), device=device), constraint=constraints.positive)
-    leaves = dict(pyro.get_param_store().named_parameters())
-    losses, grads = [], []
-    for _ in range(40):
-        losses.append(elbo.loss_and_grads(p.model, p.guide))
-        grads.append(torch.stack([leaves["loc"].grad, leaves["precision"].grad]))
-        for leaf in leaves.values():
-            leaf.grad = None
-    # Loss (m^2 + 1/k + (1 - m)^2 + 1/k + log k) / 2 + log(2 pi) - log(2 pi e) / 2 at m = 0, k = 1,
-    # and its derivatives in m and in log k.
-    truth = torch.tensor([1.0 + 0.5 * math.log(2 * math.pi), -1.0, -0.5])
-    found = torch.cat([torch.tensor(losses)[:, None], torch.stack(grads).cpu()], 1)
-    error = (found.mean(0) - truth) / (found.std(0) / len(found) ** 0.5)
-    assert error.abs().max() < FAR
-
-
-@pytest.mark.slow
-def test_an_energy_in_the_guide_learns_the_posterior(device):
-    p = in_guide((), device)
-    pyro.param("loc", torch.tensor(-1.0, device=device))
-    pyro.param("precision", torch.tensor(0.5, device=device), constraint=constraints.positive)
-    elbo = Trace_ELBO(400, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(p.model, p.guide, ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 400)}), elbo)
-    for _ in range(400):
-        svi.step()
-    # Other seeds end within 0.003 of the mean and within 1 % of the precision.
-    torch.testing.assert_close(pyro.param("loc").item(), MEAN, rtol=0, atol=0.02)
-    torch.testing.assert_close(pyro.param("precision").item(), SD**-2, rtol=0.05, atol=0)
-
-
-@pytest.mark.slow
-def test_neural_transport_has_the_moments_of_the_posterior(device):
-    z = with_neutra(latent((2,), device), num_steps=200, num_samples=400, warmup_steps=150)
-    assert standard_errors(z, MEAN * torch.ones(2), SD * torch.ones(2)) < FAR
-    variance = SD**2 * torch.ones(2)
-    assert standard_errors((z - MEAN) ** 2, variance, 2**0.5 * variance) < FAR
-
-
-def mixed(event, support, states):
-    """A model of an enumerated energy and a number; the mean and variance of the number."""
-    one = torch.ones((), device=states.device)
-
-    def model():
-        w = pyro.sample("w", dist.Normal(0.0 * one, 1.0))
-        flat = ebm.Flat(event, support, device=states.device)
-        z = pyro.sample("z", ebm.GibbsBoltzmann(lambda x: shallow(x, event), flat))
-        pyro.sample("y", dist.Normal(w + 3.0 * read(z, event), 1.0), obs=one)
-
-    center = 1.0 - 3.0 * read(states, event)  # y less what z gives
-    evidence = dist.Normal(0.0 * one, 2**0.5).log_prob(center)
-    weight = (evidence - shallow(states, event)).softmax(0)
-    mean = (weight * center / 2).sum()
-    return model, mean, 0.5 + (weight * (center / 2 - mean) ** 2).sum()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_chains_run_over_the_rest_of_an_enumerated_energy(support, device):
-    event, constraint, states = SUPPORTS[support]
-    model, mean, variance = mixed(event, constraint, states.to(device))
-    kernel = NUTS(config_enumerate(model), max_plate_nesting=0)
-    w = run(kernel, 300, 150).get_samples()["w"]
-    assert standard_errors(w, mean, variance.sqrt()) < FAR
-
-
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_a_guide_for_the_rest_sums_over_an_enumerated_energy(support, device):
-    event, constraint, states = SUPPORTS[support]
-    states = states.to(device)
-    model, _, _ = mixed(event, constraint, states)
-    guide = autoguide.AutoDelta(poutine.block(model, hide=["z"]))
-    elbo = TraceEnum_ELBO(max_plate_nesting=0)
-    svi = SVI(config_enumerate(model), guide, Adam({"lr": 0.1}), elbo)
-    assert all(math.isfinite(svi.step()) for _ in range(3))
-    w = guide.median()["w"].detach()
-    likelihood = dist.Normal(w + 3.0 * read(states, event), 1.0).log_prob(torch.ones_like(w))
-    truth = (likelihood - shallow(states, event)).logsumexp(0) + dist.Normal(0.0, 1.0).log_prob(w)
-    torch.testing.assert_close(-svi.evaluate_loss(), truth.item(), **NUMERIC)
-
-
-@pytest.mark.parametrize("make", [NUTS, autoguide.AutoNormal])
-def test_an_index_does_not_go_with_starting_points(make, device):
-    """Pyro starts chains and guides at a value of the site itself, before it is reparametrised."""
-    event, constraint, states = SUPPORTS["booleans"]
-    model, _, _ = mixed(event, constraint, states.to(device, torch.get_default_dtype()))
-    model = poutine.reparam(config_enumerate(model), config={"z": ebm.infer.IndexReparam()})
-    with pytest.raises(ValueError, match="cannot handle discrete sample site 'z'"):
-        NUTS(model, max_plate_nesting=0).setup(0) if make is NUTS else make(model)()
-
-
-def half_line(n=200_000):
-    x = (torch.arange(n) + 0.5) * (20.0 / n)
-    return x, lambda x: 0.5 * (x - 1.0) ** 2 - (1.0 + x).log()
-
-
-def triangle(n=600):
-    grid = (torch.arange(n) + 0.5) / n
-    u, v = torch.meshgrid(grid, grid, indexing="ij")
-    x = torch.stack([u, v, 1.0 - u - v], -1)[u + v < 1.0]
-    return x, lambda x: 6.0 * (x[..., 0] - 0.6) ** 2 + 4.0 * x[..., 1] * x[..., 2] - x[..., 2]
-
-
-CONSTRAINED = {
-    "half line": ((), constraints.positive, half_line),
-    "simplex": ((3,), constraints.simplex, triangle),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONSTRAINED)
-def test_chains_on_a_constrained_support_have_the_moments_of_quadrature(name, device):
-    event, support, grid = CONSTRAINED[name]
-    x, energy = grid()
-    flat = ebm.Flat(event, support, device=device)
-    model = lambda: pyro.sample("x", ebm.GibbsBoltzmann(energy, flat, beta=1.5))
-    draws = run(NUTS(model), 800, 200).get_samples()["x"].cpu()
-    mass = (-1.5 * energy(x)).softmax(0).reshape(-1, *[1] * len(event))
-    mean = (mass * x).sum(0)
-    variance = (mass * (x - mean) ** 2).sum(0)
-    spread = ((mass * (x - mean) ** 4).sum(0) - variance**2).sqrt()
-    assert standard_errors(draws, mean, variance.sqrt()) < FAR
-    assert standard_errors((draws - mean) ** 2, variance, spread) < FAR
+    assert_all_are_cells(CANNOT, FEATURES)
 
 
 # Data that cannot be -----------------------------------------------------------------------------
@@ -1047,16 +604,3 @@ def test_data_outside_the_support_are_refused_by_the_name_of_the_site(
     assert math.isfinite(svi.step(flat.sample()))
     with pytest.raises(ValueError, match="'spectrum'"):
         svi.step(torch.tensor(value, device=device))
-
-
-def test_an_index_refuses_data_outside_the_support_by_the_name_of_the_site():
-    flat = ebm.Flat((2,), constraints.boolean)
-    config = {"spins": ebm.infer.IndexReparam()}
-
-    @poutine.reparam(config=config)
-    def model(x):
-        pyro.sample("spins", ebm.GibbsBoltzmann(lambda x: x.sum(-1), flat), obs=x)
-
-    poutine.trace(model).get_trace(torch.tensor([0.0, 1.0]))
-    with pytest.raises(ValueError, match="'spins'"):
-        poutine.trace(model).get_trace(torch.tensor([0.0, 2.0]))
