@@ -56,7 +56,9 @@ class GibbsBoltzmann(TorchDistribution):
     :math:`\beta \to \infty` to the minima of the energy.
 
     The Pyro parameters of the energy (``PyroParam``, ``PyroSample``, lifted ones) are read once,
-    here, so that a model that constructs the distribution has one value of each per trace.
+    here, so that a model that constructs the distribution has one value of each per trace. Those
+    that are read in a plate, and latents from one that the energy refers to, have a value per row;
+    so does the distribution.
 
     Args:
         energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``.
