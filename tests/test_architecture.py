@@ -18,6 +18,7 @@ LAYERS = [
     {"adaptation", "factor_graph", "free_energy", "minimize", "partition", "sampling", "zoo"},
     {"checkpoint", "diagnostics", "infer"},
     {""},  # the package itself, which gathers the public names
+    {"_job"},  # what the command line does
     {"cli"},
     {"__main__"},
 ]

@@ -57,9 +57,7 @@ def test_a_batch_gives_what_its_points_give(make):
 @parametrize
 def test_force_is_minus_the_finite_difference(make):
     energy, x, h = make(), torch.randn(4, 2), 1e-5
-    difference = [
-        (energy(x + h * e) - energy(x - h * e)) / (2 * h) for e in torch.eye(2)
-    ]
+    difference = [(energy(x + h * e) - energy(x - h * e)) / (2 * h) for e in torch.eye(2)]
     torch.testing.assert_close(
         ebm.force(energy, x), -torch.stack(difference, -1).detach(), **NUMERIC
     )
