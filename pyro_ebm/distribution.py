@@ -165,6 +165,13 @@ class GibbsBoltzmann(TorchDistribution):
         return self.base.support
 
     @property
+    def mean(self) -> Tensor:
+        """There is none in closed form, which Pyro's ``init_to_mean`` takes into account."""
+        raise NotImplementedError(
+            f"GibbsBoltzmann of {describe(self.energy)} has no mean in closed form: average draws"
+        )
+
+    @property
     def is_normalized(self) -> bool:
         """Whether :meth:`log_prob` has its log Z, exact or estimated."""
         return getattr(self.log_partition, "value", "none") != "none"

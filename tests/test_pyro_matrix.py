@@ -434,6 +434,7 @@ AUTOGUIDES = {
     "AutoGaussian": partial(autoguide.AutoGaussian, backend="dense"),
     "AutoNormalMessenger": autoguide.AutoNormalMessenger,
     "AutoRegressiveMessenger": autoguide.AutoRegressiveMessenger,
+    "AutoHierarchicalNormalMessenger": autoguide.AutoHierarchicalNormalMessenger,
 }
 ELBOS = {
     "Trace": Trace_ELBO,
@@ -465,6 +466,10 @@ FEATURES = {
     "Distribution.expand": (with_expand, ALL),
     "Distribution.mask": (with_masked_distribution, ALL),
     "NUTS": (partial(with_chain, make=NUTS), MODEL),
+    "NUTS, jit": (
+        partial(with_chain, make=partial(NUTS, jit_compile=True, ignore_jit_warnings=True)),
+        MODEL,
+    ),
     "HMC": (partial(with_chain, make=HMC, num_samples=50, warmup_steps=50), MODEL),
     "RandomWalkKernel": (
         partial(with_chain, make=RandomWalkKernel, num_samples=400, warmup_steps=200),
@@ -506,12 +511,14 @@ class Cannot(NamedTuple):
 ONE_DIMENSION = Cannot(UserWarning, "input_dim = 1. Consider using an affine transformation")
 NO_PATHS = Cannot(NotImplementedError, "must be fully reparameterized")  # a chain has no rsample
 NO_GRAPH = Cannot(NotImplementedError, "cannot learn to transform draws")
+NO_MEAN = Cannot(NotImplementedError, "has no mean in closed form")  # it centers at the prior's
 NO_EVIDENCE = Cannot(ebm.UnnormalizedError, "importance sampling estimates evidence")
 ANY = "*"
 CANNOT = {
     ("AutoIAFNormal", ANY, "scalar"): ONE_DIMENSION,
     ("NeuTraReparam", ANY, "scalar"): ONE_DIMENSION,
     ("AutoRegressiveMessenger", "latent", ANY): NO_GRAPH,
+    ("AutoHierarchicalNormalMessenger", "latent", ANY): NO_MEAN,
     ("TraceMeanField_ELBO", "guide", ANY): NO_PATHS,
     ("Importance", "latent", ANY): NO_EVIDENCE,
 }
