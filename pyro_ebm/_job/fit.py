@@ -232,7 +232,9 @@ def _losses(
             law = GibbsBoltzmann(energy, base, log_partition=negatives)
             pyro.sample("z", law, obs=z[i])
 
-    optimizer = pyro.optim.AdamW({"lr": settings.lr, "weight_decay": settings.weight_decay})
+    # A prior on the weights counts as much as a fixed number of rows.
+    decay = settings.weight_decay / len(rows)
+    optimizer = pyro.optim.AdamW({"lr": settings.lr, "weight_decay": decay})
     svi = SVI(model, lambda z: None, optimizer, Trace_ELBO())
     log_det = energy.tril.diagonal().log().sum().item()  # the loss is that of standardised rows
     every, recent = max(1, settings.steps // CHECKS), []
