@@ -283,7 +283,9 @@ def test_the_held_out_likelihood_is_that_of_quadrature(dim, tmp_path, capsys, mo
     monkeypatch.setattr(score, "PARTICLES", 1 << 15)
     monkeypatch.setattr(score, "RUNGS", 32)
     np.save(tmp_path / "a.npy", rows(200, dim))
-    arguments = ["--out", str(tmp_path / "run"), *SMALL, "--lr", "0.02", "--validation", "0"]
+    arguments = ["--out", str(tmp_path / "run"), *SMALL, "--validation", "0"]
+    # Far from the Gaussian in a few steps.
+    arguments += ["--hidden", "16", "--lr", "0.1", "--steps", "60", "--weight-decay", "0"]
     assert main(["fit", str(tmp_path / "a.npy"), *arguments]) == 0
     found = base.load_run(tmp_path / "run")
     energy, held_out = base.energy_of(found), found.tensors["held_out"]
@@ -320,7 +322,8 @@ def test_the_gaussians_are_judged_on_the_same_rows(learned):
 @pytest.mark.slow
 def test_an_energy_beats_the_gaussian_on_two_clouds(tmp_path, capsys):
     np.save(tmp_path / "a.npy", rows(400))
-    small = ["--hidden", "16", "--chains", "128", "--steps", "300"]
+    small = ["--hidden", "32,32", "--chains", "128", "--steps", "300", "--lr", "0.01"]
+    small += ["--weight-decay", "10"]
     assert main(["fit", str(tmp_path / "a.npy"), "--out", str(tmp_path / "run"), *small]) == 0
     assert "The energy is BETTER than the Gaussian" in capsys.readouterr().out
     gain = json.loads((tmp_path / "run" / "run.json").read_text())["held_out"]["gain"]
