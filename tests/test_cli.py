@@ -336,13 +336,13 @@ def test_an_energy_beats_the_gaussian_on_two_clouds(tmp_path, capsys):
     )
     most = mixture.log_prob(x).mean()
     most -= torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean()
-    assert gain > 0.5 * most  # .48 of .71 nats: most of what there is to be had, from 256 rows
+    assert gain > 0.5 * most  # of what there is to be had; measured: 1.05, with 80 rows held out
 
 
 @pytest.mark.slow
 def test_on_gaussian_rows_no_energy_claims_to_be_better(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(150, 4)))
-    small = ["--hidden", "16", "--chains", "128", "--steps", "200"]
+    small = ["--hidden", "32,32", "--lr", "0.01", "--chains", "128", "--steps", "200"]
     assert main(["fit", str(tmp_path / "a.npy"), "--out", str(tmp_path / "run"), *small]) == 0
     out = capsys.readouterr().out
     assert "NOT clearly better" in out or "The energy is zero" in out
