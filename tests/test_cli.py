@@ -360,10 +360,10 @@ def test_an_energy_that_gains_nothing_stays_zero(tmp_path, capsys, monkeypatch):
 def test_learning_that_breaks_down_says_so(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", rows())
     out = ["--out", str(tmp_path / "run"), *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SVI, "step", lambda self, z: math.nan)
-        assert main(["fit", str(path), *out]) == 2
-    assert "learning broke down at step 1: the loss is nan; lower --lr" in error_of(capsys)
+    assert main(["fit", str(path), *out, "--lr", "1e30"]) == 2
+    error = error_of(capsys)
+    assert "learning broke down at step" in error
+    assert "lower --lr" in error
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -592,6 +592,14 @@ def test_interrupting_keeps_what_was_learned(name, learned, tmp_path, capsys, mo
     assert found.info["learning"]["steps"] in steps
     assert base.energy_of(found)(torch.randn(4, 2)).any() == (found.info["learning"]["steps"] > 0)
     assert main(["sample", str(folder), *FEW]) == 0
+
+
+def test_interrupting_a_look_leaves_a_run_that_can_be_reported(learned, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, fit._Watch, "look", 3)
+    arguments = [str(learned / "clouds.csv"), "--out", str(tmp_path / "run"), *SMALL]
+    assert main(["fit", *arguments]) == 130
+    assert main(["sample", str(tmp_path / "run"), *FEW]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
 
 
 def test_interrupting_the_judgement_keeps_the_energy(learned, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -200,12 +201,9 @@ def _learn(rows: Tensor, watched: Tensor | None, settings: Settings, steps: int)
     bar = progress(steps, "learning" if watch is None else "finding when to stop")
     try:
         for loss in _losses(energy, rows, settings, steps, average):
-            history.append([average.steps, loss])
-            shown = {"loss": f"{loss:.2f}"}
-            if watch is not None:
-                history[-1].append(watch.look(average))
-                shown["gain"] = f"{history[-1][2]:+.2f}"
-            bar.set_postfix(shown, refresh=False)
+            gain = [] if watch is None else [watch.look(average)]
+            history.append([average.steps, loss, *gain])
+            bar.set_postfix_str(f"loss {loss:.2f}" + "".join(f", gain {g:+.2f}" for g in gain))
             bar.update(average.steps - bar.n)
     except KeyboardInterrupt:
         interrupted = True
@@ -239,15 +237,19 @@ def _losses(
     log_det = energy.tril.diagonal().log().sum().item()  # the loss is that of standardised rows
     every, recent = max(1, settings.steps // CHECKS), []
     for step in range(1, steps + 1):
-        recent.append(svi.step(points) / len(rows) + log_det)
+        with warnings.catch_warnings():  # Pyro's about NaN, which is an error below
+            warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)
+            try:
+                loss = svi.step(points) / len(rows) + log_det
+            except ValueError as error:  # an energy of minus infinity
+                raise JobError(f"learning broke down at step {step}: lower --lr") from error
+        if not math.isfinite(loss):
+            raise JobError(f"learning broke down at step {step}: the loss is {loss}; lower --lr")
+        recent.append(loss)
         average.update(energy)
         if step % every == 0 or step == steps:
-            loss, recent = sum(recent) / len(recent), []
-            if not math.isfinite(loss):
-                raise JobError(
-                    f"learning broke down at step {step}: the loss is {loss}; lower --lr"
-                )
-            yield loss
+            mean, recent = sum(recent) / len(recent), []
+            yield mean
 
 
 def _run(
