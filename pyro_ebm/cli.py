@@ -249,7 +249,7 @@ def _fit_arguments(add: Callable[..., Any]) -> None:
     add("--hidden", type=_widths, default="64,64", metavar="N,N,...", help="hidden layers")
     add("--lr", type=_positive, default=3e-3, help="learning rate")
     decay = _number(float, 0.0, closed=True)
-    add("--weight-decay", type=decay, default=128.0, help="of AdamW, times the number of rows")
+    add("--weight-decay", type=decay, default=150.0, help="of AdamW, times the number of rows")
     add("--batch", type=_count, default=64, help="rows per step")
     add("--chains", type=_count, default=512, help="Markov chains for the negatives")
     add("--moves", type=_count, default=5, help="moves of each chain per step")

@@ -67,10 +67,12 @@ def pairs(
                 axes.tick_params(right=True, labelright=True)
             axes.locator_params(nbins=4)
         grid[n - 1][i].set_xlabel(_label(names[i]))
-        grid[i][0].set_ylabel(_label(names[i]))
+        grid[i][0].set_ylabel(_label(names[i]) if n > 1 else "density")
+    below, above = (" (below)", " (above)") if n > 1 else ("", "")
+    labels = f"data{below}", f"draws at beta = {beta:g}{above}"
     handles = [
         figure.axes[0].scatter([], [], 30, colour, label=label)
-        for colour, label in ((DATA, "data (below)"), (DRAWS, f"draws at beta = {beta:g} (above)"))
+        for colour, label in zip((DATA, DRAWS), labels, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=DPI)
