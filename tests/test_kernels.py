@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_ebm.kernels import Kernel, State, gibbs, mala, ula
+from pyro_ebm.kernels import Kernel, State, gibbs, hmc, mala, nuts, ula
 from pyro_ebm.kernels.base import metropolis, start
 from tests.common import EXACT, FALSE_ALARM, Line
 
@@ -20,7 +20,11 @@ def walled(x):
     return torch.where(x[..., 0] > 0, x[..., 0], torch.inf)
 
 
-EXACT_KERNELS = {"mala": lambda energy: mala(energy, 0.3)}
+EXACT_KERNELS = {
+    "mala": lambda energy: mala(energy, 0.3),
+    "hmc": lambda energy: hmc(energy, 0.3, 4, jitter=0.5, step_jitter=0.2),
+    "nuts": lambda energy: nuts(energy, 0.5, step_jitter=0.2),
+}
 KERNELS = {"ula": lambda energy: ula(energy, 0.1), **EXACT_KERNELS}
 TARGETS = {"gaussian": gaussian, "double well": double_well, "half line": walled}
 parametrize = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
@@ -123,7 +127,8 @@ def test_nan_is_a_rejection_that_is_marked(make, device):
     for _ in range(20):
         state, info = kernel.step(state)
         marked += int(info.invalid.sum())
-        assert not (info.invalid & info.accepted).any()
+        if make is not KERNELS["nuts"]:  # a tree that NaN ends still has points to draw
+            assert not (info.invalid & info.accepted).any()
     assert marked > 0
     assert (state.position < 0).all()
 

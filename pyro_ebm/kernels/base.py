@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energy import Energy, value_and_grad
+
+S = TypeVar("S", bound=Any)  # a record of tensors, one of them the energy
+
+
+MAX_ERROR = 1000.0
+"""A trajectory whose energy is off by more than this diverges, as in Stan."""
 
 
 class Kernel(NamedTuple):
@@ -55,6 +62,18 @@ def start(energy: Energy, position: Tensor) -> State:
     return State(position.detach(), value, torch.where(finite, grad, 0.0))
 
 
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Refuse a number that is not positive and finite; tensors pass."""
+    if isinstance(value, Real) and not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number that is not from 0 to 1."""
+    if not (isinstance(value, Real) and 0.0 <= value <= 1.0):
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
 def expand_like(value: Tensor, x: Tensor) -> Tensor:
     """Give a number per chain the dimensions of the event of ``x``."""
     return value.reshape(value.shape + (1,) * (x.dim() - value.dim()))
@@ -65,7 +84,28 @@ def sum_event(x: Tensor, like: Tensor) -> Tensor:
     return x.flatten(like.dim()).sum(-1) if x.dim() > like.dim() else x
 
 
-def metropolis(old: State, new: State, log_proposal_ratio: Tensor) -> tuple[State, MoveInfo]:
+def impossible(energy: Tensor) -> Tensor:
+    """Whether energies are NaN or minus infinity, which no density has."""
+    return energy.isnan() | (energy == -torch.inf)
+
+
+def accept(log_ratio: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of acceptance, and draws: the one rule of all exact kernels.
+
+    What is ``invalid``, and a ratio that is NaN, is rejected.
+    """
+    possible = ~(invalid | log_ratio.isnan())
+    accept_prob = torch.where(possible, log_ratio.clamp(max=0.0).exp(), 0.0)
+    return accept_prob, torch.rand_like(accept_prob) < accept_prob
+
+
+def choose(accepted: Tensor, new: S, old: S) -> S:
+    """Take each chain from the new record where ``accepted``, and from the old one elsewhere."""
+    parts = zip(new, old, strict=True)
+    return old._make(torch.where(expand_like(accepted, n), n, o) for n, o in parts)
+
+
+def metropolis(old: S, new: S, log_proposal_ratio: Tensor) -> tuple[S, MoveInfo]:
     r"""Accept each chain's proposal with the probability that keeps the law invariant.
 
     .. math:: \min\left(1, \exp(U(x) - U(x')) \frac{q(x \mid x')}{q(x' \mid x)}\right)
@@ -74,7 +114,8 @@ def metropolis(old: State, new: State, log_proposal_ratio: Tensor) -> tuple[Stat
     of NaN or minus infinity is rejected and marked ``invalid``.
 
     Args:
-        old: The chains.
+        old: The chains: any record of tensors with an ``energy``. Where there is a momentum it is
+            the one to go on with after a rejection.
         new: Their proposals.
         log_proposal_ratio: The log of the proposal ratio, of shape ``(*chains,)``.
 
@@ -85,11 +126,100 @@ def metropolis(old: State, new: State, log_proposal_ratio: Tensor) -> tuple[Stat
         | Monte Carlo Sampling Methods Using Markov Chains and Their Applications (Hastings, 1970)
         | https://doi.org/10.1093/biomet/57.1.97
     """
-    invalid = new.energy.isnan() | (new.energy == -torch.inf)
-    log_ratio = old.energy - new.energy + log_proposal_ratio
-    possible = new.energy.isfinite() & ~log_ratio.isnan()
-    accept_prob = torch.where(possible, log_ratio.clamp(max=0.0).exp(), 0.0)
-    accepted = torch.rand_like(accept_prob) < accept_prob
-    parts = [torch.where(expand_like(accepted, n), n, o) for n, o in zip(new, old, strict=True)]
-    kept = State(*parts)
+    invalid = impossible(new.energy)
+    accept_prob, accepted = accept(old.energy - new.energy + log_proposal_ratio, invalid)
+    kept = choose(accepted, new, old)
     return kept, MoveInfo(kept.energy, accept_prob, accepted, invalid)
+
+
+class Diagonal(NamedTuple):
+    r"""A metric: momenta :math:`p \sim N(0, M)`, with the diagonal of :math:`M^{-1}`.
+
+    ``inverse_mass`` broadcasts to the event; the variances of the target are a good choice.
+    """
+
+    inverse_mass: Tensor
+
+    def momentum(self, like: Tensor) -> Tensor:
+        """Draw momenta for positions."""
+        return torch.randn_like(like) / self.inverse_mass.sqrt()
+
+    def velocity(self, p: Tensor) -> Tensor:
+        """Return :math:`M^{-1} p`."""
+        return self.inverse_mass * p
+
+
+class Dense(NamedTuple):
+    r"""A metric with all of :math:`M^{-1}`, ``(D, D)``, for events of shape ``(D,)``.
+
+    ``inverse_factor`` is the inverse of its lower Cholesky factor.
+    """
+
+    inverse_mass: Tensor
+    inverse_factor: Tensor
+
+    @classmethod
+    def of(cls, inverse_mass: Tensor) -> Dense:
+        """Make the metric of a positive definite matrix."""
+        factor = torch.linalg.cholesky(inverse_mass)
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return cls(inverse_mass, torch.linalg.solve_triangular(factor, eye, upper=False))
+
+    def momentum(self, like: Tensor) -> Tensor:
+        """Draw momenta for positions."""
+        return torch.randn_like(like) @ self.inverse_factor
+
+    def velocity(self, p: Tensor) -> Tensor:
+        """Return :math:`M^{-1} p`."""
+        return p @ self.inverse_mass
+
+
+Metric = Diagonal | Dense
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def kinetic(metric: Metric, p: Tensor, like: Tensor) -> Tensor:
+    r"""Return the kinetic energies :math:`\tfrac{1}{2} p^\top M^{-1} p`, ``(*chains,)``."""
+    return 0.5 * sum_event(p * metric.velocity(p), like)
+
+
+def leapfrog(
+    value_and_grad: ValueAndGrad,
+    metric: Metric,
+    phase: tuple[Tensor, Tensor, Tensor],
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Make one leapfrog step of Hamilton's equations.
+
+    .. math:: p_{1/2} = p - \tfrac{\epsilon}{2} \nabla U(q), \quad
+        q' = q + \epsilon M^{-1} p_{1/2}, \quad
+        p' = p_{1/2} - \tfrac{\epsilon}{2} \nabla U(q')
+
+    Args:
+        value_and_grad: Maps positions to potentials ``(*chains,)`` and gradients.
+        metric: The metric :math:`M^{-1}`.
+        phase: Position, momentum and gradient.
+        step: The step :math:`\epsilon`, of the dimensions of the position.
+
+    Returns:
+        Position, momentum, gradient and potential.
+    """
+    q, p, grad = phase
+    half = torch.addcmul(p, step, grad, value=-0.5)
+    q = torch.addcmul(q, step, metric.velocity(half))
+    energy, grad = value_and_grad(q)
+    return q, torch.addcmul(half, step, grad, value=-0.5), grad, energy
+
+
+def flattened(metric: Metric | None, x: Tensor) -> Metric:
+    """Return a metric for flat positions ``(chains, D)``: by default the identity."""
+    if isinstance(metric, Dense):
+        return metric
+    if metric is None:
+        return Diagonal(torch.ones((), dtype=x.dtype, device=x.device))
+    return Diagonal(metric.inverse_mass.flatten()) if metric.inverse_mass.dim() else metric
+
+
+def jittered(step: Tensor, jitter: float) -> Tensor:
+    """Draw a step size per chain, uniform within a share ``jitter`` of ``step``."""
+    return step * (1.0 + jitter * (2.0 * torch.rand_like(step) - 1.0)) if jitter else step
