@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-cuda test-arviz1 lint format docs all clean
+.PHONY: help demo bench test test-fast test-cuda test-arviz1 lint format docs all clean
 
 help:
 	@echo "make demo       learn an energy from real data, draw from it, report: about two minutes"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff reformat and mend what it can"
 	@echo "make docs       the documentation, warnings as errors, into docs/_build/html"
+	@echo "make bench      our samplers against those of other libraries: the table, hours"
 	@echo "make all        lint, test, docs"
 	@echo "make clean      remove the environment and everything that was built"
 
@@ -74,6 +75,10 @@ docs: $(VENV)/.with-docs
 	@rm -rf docs/generated
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# BENCH takes any arguments of the script, for example BENCH="--targets schools --chains 64".
+bench: $(VENV)/.with-bench
+	$(BIN)/python benchmarks/samplers.py table --output runs/bench.json $(BENCH)
 
 all: lint test docs
 
