@@ -11,6 +11,7 @@ from pyro_ebm.kernels import (
     adapt_ladder,
     communication_barrier,
     gibbs,
+    hmc,
     mala,
     tempered,
     tempering,
@@ -27,8 +28,16 @@ def double_well(x):
     return (x.square() - 1.0).square().sum(-1)
 
 
+def walled(x):
+    return torch.where(x[..., 0] > 0, x[..., 0], torch.inf)
+
+
 BETAS = torch.tensor([0.15, 0.4, 1.0], dtype=torch.float64)
-INNER = {"mala": lambda u: mala(u, 0.3), "underdamped": lambda u: underdamped(u, 0.5)}
+INNER = {
+    "mala": lambda u: mala(u, 0.3),
+    "underdamped": lambda u: underdamped(u, 0.5),
+    "hmc": lambda u: hmc(u, 0.3, 4),
+}
 
 
 def place(kernel, make, levels, energy, betas, base=None):
@@ -41,11 +50,11 @@ def place(kernel, make, levels, energy, betas, base=None):
     return kernel.init(levels[-1])._replace(inner=make(potential).init(levels))
 
 
-def laws_after(make, energy, betas, device, base=None):
+def laws_after(make, energy, betas, device, base=None, **grid):
     """Start every level at its law, move a while, and ask each whether its law is still there."""
     betas = betas.to(device)
     full = [lambda x, b=b: b * energy(x) + (0.0 if base is None else base(x)) for b in betas]
-    laws = [Line(u, device=device) for u in full]
+    laws = [Line(u, device=device, **grid) for u in full]
     kernel = tempered(make, energy, betas, base_energy=base)
     levels = torch.stack([law.sample(20_000) for law in laws])
     state = place(kernel, make, levels, energy, betas, base)
@@ -57,6 +66,12 @@ def laws_after(make, energy, betas, device, base=None):
 @pytest.mark.parametrize("make", INNER.values(), ids=INNER)
 def test_every_level_keeps_its_law(make, device):
     assert min(laws_after(make, double_well, BETAS, device)) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+def test_every_level_keeps_its_law_behind_a_wall(make, device):
+    grid = {"low": 0.0, "high": 100.0, "n": 400_001}  # the hot level reaches far
+    assert min(laws_after(make, walled, BETAS, device, **grid)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("make", INNER.values(), ids=INNER)
@@ -119,6 +134,13 @@ def test_the_laws_see_swaps_that_include_the_base(device, monkeypatch):
 def test_the_laws_see_stale_energies_and_gradients(make, device, monkeypatch):
     monkeypatch.setattr(tempering, "_rescale", keep)
     assert min(laws_after(make, double_well, BETAS, device)) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+def test_the_laws_see_stale_energies_and_gradients_with_a_base(make, device, monkeypatch):
+    monkeypatch.setattr(tempering, "_refresh", keep)
+    betas = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    assert min(laws_after(make, double_well, betas, device, gaussian)) < FALSE_ALARM
 
 
 def test_the_laws_see_one_momentum_for_all_replicas(device, monkeypatch):

@@ -94,7 +94,8 @@ def tempered(
 
     Returns:
         The kernel, with :class:`~pyro_ebm.kernels.TemperedState` and
-        :class:`~pyro_ebm.kernels.TemperedInfo`; it starts all levels of a chain at one point.
+        :class:`~pyro_ebm.kernels.TemperedInfo`. All levels of a chain start at one point, so the
+        hot ones must warm up even where the points are draws from the target.
 
     Raises:
         TypeError: If ``betas`` is not a floating-point tensor.
