@@ -19,6 +19,7 @@ import os
 import platform
 import signal
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -91,26 +92,30 @@ def attempt(step, seconds):
         return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
+def run_once(target, job, contender, ready, seed):
+    """Run a contender, which is prepared before its first run and kept in `ready`."""
+    if contender not in ready:
+        ready[contender] = contender.prepare(target, job)
+    return ready[contender](seed)
+
+
 def measure(target, job, chosen, args):
-    """Run all contenders on one target; return the runs and the failures by name."""
+    """Run all contenders on one target; return the runs and the failures by name.
+
+    Who has failed once is not asked again.
+    """
     runs, failed, ready = {name: [] for name in chosen}, {}, {}
     for repeat in range(args.repeats):
         for name, contender in chosen.items():
             if name in failed:
                 continue
-            if name not in ready:
-                ready[name], failed[name] = attempt(
-                    lambda c=contender: c.prepare(target, job), args.limit
-                )
-            record, failed[name] = (
-                (None, failed[name])
-                if failed[name]
-                else attempt(lambda n=name: ready[n](args.seed + repeat), args.limit)  # noqa: B023
-            )
-            if not failed[name]:
-                del failed[name]
+            call = partial(run_once, target, job, contender, ready, args.seed + repeat)
+            record, reason = attempt(call, args.limit)
+            if reason:
+                failed[name] = reason
+            else:
                 runs[name].append(result(record, target))
-            print(f"{target.name} {job.chains} {name} {failed.get(name, '')}", file=sys.stderr)
+            print(target.name, job.chains, name, reason, file=sys.stderr)
     return runs, failed
 
 
@@ -218,7 +223,8 @@ def versions():
 def save(args, rows):
     """Write rows, settings and versions."""
     kept = {k: v for k, v in vars(args).items() if k not in ("output", "plot")}
-    machine = {"cores": args.threads, "machine": platform.machine()}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    machine = {"cores": args.threads, "machine": platform.machine(), "load": load}
     whole = {"settings": kept, "machine": machine, "versions": versions(), "rows": rows}
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(whole, indent=1) + "\n")
