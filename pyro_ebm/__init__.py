@@ -2,19 +2,26 @@
 
 from pyro_ebm import energy, infer, kernels, partition, zoo
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
-from pyro_ebm.diagnostics import to_arviz
+from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
-from pyro_ebm.infer import audit
+from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, SamplingError, audit
 from pyro_ebm.partition import LogPartition, log_partition
 
 __version__ = "0.1.0"
 __all__ = [
+    "HMC",
+    "MALA",
+    "MCMC",
+    "NUTS",
+    "ChEES",
+    "ConvergenceWarning",
     "Energy",
     "Flat",
     "GibbsBoltzmann",
     "Given",
     "LogPartition",
+    "SamplingError",
     "Scaled",
     "Sum",
     "UnnormalizedError",

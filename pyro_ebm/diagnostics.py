@@ -23,7 +23,12 @@ from pyro_ebm._arviz import (
     to_inference_data,
 )
 
-__all__ = ["convergence_warnings", "to_arviz"]
+__all__ = ["ConvergenceWarning", "convergence_warnings", "to_arviz"]
+
+
+class ConvergenceWarning(UserWarning):
+    """What makes draws unfit for use, or not yet fit."""
+
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -92,6 +97,8 @@ def to_arviz(
     """
     if isinstance(mcmc_or_chains, MCMC):
         found = _groups_of_run(mcmc_or_chains, log_likelihood)
+    elif hasattr(mcmc_or_chains, "sample_stats"):
+        found = _groups_of_batch(mcmc_or_chains, log_likelihood)
     elif isinstance(mcmc_or_chains, Mapping):
         found = {"posterior": {n: _array(v) for n, v in mcmc_or_chains.items()}}
         if log_likelihood is True:
@@ -177,6 +184,25 @@ def _groups_of_run(mcmc: MCMC, log_likelihood: bool | Mapping[str, Tensor] | Non
             run = _Run(model, mcmc._args, mcmc._kwargs, draws, shape)
             with _left_out("observed_data and log_likelihood", log_likelihood is True):
                 found |= _groups_of_model(run, log_likelihood)
+    return found
+
+
+def _groups_of_batch(mcmc: Any, log_likelihood: bool | Mapping[str, Tensor] | None) -> Groups:
+    """What a run of :class:`pyro_ebm.MCMC` knows."""
+    samples = mcmc.get_samples(group_by_chain=True)
+    found = {"posterior": {name: _array(value) for name, value in samples.items()}}
+    found["sample_stats"] = {name: _array(value) for name, value in mcmc.sample_stats.items()}
+    model = mcmc.model
+    if model is None and log_likelihood is True:
+        raise ValueError("log_likelihood=True needs a model, the target is a distribution")
+    if model is not None and samples:
+        first = next(iter(samples.values()))
+        draws = {name: value.flatten(0, 1) for name, value in samples.items()}
+        shape = first.shape[0], first.shape[1]
+        run = _Run(model, mcmc._args, mcmc._kwargs, draws, shape)
+        insist = log_likelihood is True
+        with _as_in_the_run(samples), _left_out("observed_data and log_likelihood", insist):
+            found |= _groups_of_model(run, log_likelihood)
     return found
 
 

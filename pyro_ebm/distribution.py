@@ -123,7 +123,7 @@ class GibbsBoltzmann(TorchDistribution):
         beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
         batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, self._energy_batch))
         self.base = base if base.batch_shape == batch else base.expand(batch)
-        self._measure = _unvalidated(self.base)
+        self._measure = unvalidated(self.base)
         super().__init__(batch, base.event_shape, validate_args=validate_args)
         self._enumerated = enumerated_dims(batch)
         if not isinstance(beta, Tensor) or (self._validate_args and not is_tracing()):
@@ -219,7 +219,7 @@ class GibbsBoltzmann(TorchDistribution):
             setattr(new, name, getattr(self, name))
         new._origin = self._origin or self
         new.base = self.base.expand(torch.Size(batch_shape))
-        new._measure = _unvalidated(new.base)
+        new._measure = unvalidated(new.base)
         super(GibbsBoltzmann, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -348,12 +348,12 @@ class GibbsBoltzmann(TorchDistribution):
         return state.position
 
 
-def _unvalidated(base: Any) -> Any:
+def unvalidated(base: Any) -> Any:
     """Return a base that does not check points again: chains touch the edge by rounding."""
     quiet = copy.copy(base)
     quiet._validate_args = False
     if hasattr(base, "base_dist"):
-        quiet.base_dist = _unvalidated(base.base_dist)
+        quiet.base_dist = unvalidated(base.base_dist)
     return quiet
 
 

@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[1] / "pyro_ebm"
 
 # From the ground up: a module imports only from layers below its own. A package is one module.
 LAYERS = [
-    {"_arviz", "_binding", "_cholesky", "_math", "energy"},
+    {"_arviz", "_binding", "_cholesky", "_keep", "_math", "energy"},
     {"_guard", "flat", "kernels", "losses"},
     {"_short_run"},
     {"distribution"},
-    {"adaptation", "factor_graph", "free_energy", "minimize", "partition", "sampling", "zoo"},
-    {"checkpoint", "diagnostics", "infer"},
+    {"_audit", "_engine", "_potential", "adaptation", "factor_graph", "free_energy", "minimize"},
+    {"partition", "sampling", "zoo"},
+    {"checkpoint", "diagnostics"},
+    {"infer"},
     {""},  # the package itself, which gathers the public names
     {"_job"},  # what the command line does
     {"cli"},

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.checkpoint import write_whole
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.zoo import MLPEnergy
 
@@ -170,19 +171,6 @@ def gaussian(rows: Tensor, shrink: bool = True) -> tuple[Tensor, Tensor]:
 
 
 # Files ----------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that at any moment the old or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_run(folder: Path, run: Run) -> Run:

@@ -19,8 +19,8 @@ from pyro_ebm._job.base import (
     need,
     progress,
     repeatable,
-    write_whole,
 )
+from pyro_ebm.checkpoint import write_whole
 from pyro_ebm.diagnostics import to_arviz
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.infer import RecordedHMC, RecordedNUTS

@@ -1,7 +1,21 @@
-"""The Pyro side: audits, reparametrisations, kernels that keep their records."""
+"""The Pyro side: chains, audits, reparametrisations, kernels that keep their records."""
 
-from pyro_ebm.infer.audit import Finding, audit
+from pyro_ebm._audit import Finding, audit
+from pyro_ebm.infer.base import HMC, MALA, NUTS, ChEES
+from pyro_ebm.infer.mcmc import MCMC, SamplingError
 from pyro_ebm.infer.recording import RecordedHMC, RecordedNUTS
 from pyro_ebm.infer.reparam import IndexReparam
 
-__all__ = ["Finding", "IndexReparam", "RecordedHMC", "RecordedNUTS", "audit"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "MCMC",
+    "NUTS",
+    "ChEES",
+    "Finding",
+    "IndexReparam",
+    "RecordedHMC",
+    "RecordedNUTS",
+    "SamplingError",
+    "audit",
+]

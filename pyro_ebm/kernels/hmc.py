@@ -35,7 +35,8 @@ class TrajectoryInfo(NamedTuple):
     :class:`~pyro_ebm.kernels.MoveInfo`. ``hamiltonian`` is the total energy after the move,
     ``diverging`` whether the energy error exceeded 1000 nats or was NaN, ``num_steps`` the
     gradients spent, ``step_size`` the step used. ``proposal`` is the end of the trajectory and
-    ``momentum`` its momentum, of the shape of the position.
+    ``momentum`` its momentum, of the shape of the position. ``unbounded`` marks energies of minus
+    infinity, which no density has.
     """
 
     energy: Tensor
@@ -48,6 +49,7 @@ class TrajectoryInfo(NamedTuple):
     step_size: Tensor
     proposal: State
     momentum: Tensor
+    unbounded: Tensor
 
 
 Trajectory = Callable[
@@ -166,5 +168,6 @@ def settle(
         step_size=spent[0],
         proposal=new,
         momentum=new_momentum,
+        unbounded=new.energy == -torch.inf,
     )
     return kept, record

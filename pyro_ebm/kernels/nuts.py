@@ -32,6 +32,7 @@ class NutsInfo(NamedTuple):
     ``hamiltonian`` the total energy of the draw, ``diverging`` whether the energy error exceeded
     1000 nats, ``num_steps`` the leapfrog steps, ``tree_depth`` the doublings that were begun,
     ``reached_max_treedepth`` whether they were cut short, ``step_size`` the step used.
+    ``unbounded`` marks energies of minus infinity, which no density has.
     """
 
     energy: Tensor
@@ -44,6 +45,7 @@ class NutsInfo(NamedTuple):
     tree_depth: Tensor
     reached_max_treedepth: Tensor
     step_size: Tensor
+    unbounded: Tensor
 
 
 class Tree(NamedTuple):
@@ -80,6 +82,7 @@ class Tree(NamedTuple):
     finished: Tensor
     diverging: Tensor
     invalid: Tensor
+    unbounded: Tensor
 
 
 @functools.cache
@@ -151,6 +154,7 @@ def begin(
         finished=none,
         diverging=none,
         invalid=none,
+        unbounded=none,
     )
     return select(which, new, tree)
 
@@ -243,6 +247,7 @@ def advance(
         finished=stopped | done,
         diverging=invalid | ((error > MAX_ERROR) & ~wall),
         invalid=invalid,
+        unbounded=energy == -torch.inf,
     )
     return select(~tree.finished, new, tree)
 
@@ -278,6 +283,7 @@ def plant(state: State, max_tree_depth: int) -> Tree:
         finished=~no,
         diverging=no,
         invalid=no,
+        unbounded=no,
     )
 
 
@@ -301,6 +307,7 @@ def harvest(tree: Tree, old: Tensor) -> tuple[State, NutsInfo]:
         tree_depth=torch.where(cut, tree.depth, tree.depth + (tree.leaf > 0)),
         reached_max_treedepth=cut,
         step_size=tree.step,
+        unbounded=tree.unbounded,
     )
     return State(tree.proposal[0], tree.proposal_energy, tree.proposal[2]), record
 

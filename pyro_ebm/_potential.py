@@ -1,0 +1,390 @@
+"""Targets as one potential over flat unconstrained vectors, batched over chains."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.mcmc.util import initialize_model
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_ebm._short_run import unconstrained
+from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
+from pyro_ebm.energy import Energy, describe
+from pyro_ebm.flat import Flat
+
+TRIES = 100
+"""How often a starting point is drawn anew where the energy or its gradient is not finite."""
+
+RADIUS = 2.0
+"""Pyro's ``init_to_uniform`` starts within this distance of 0, in unconstrained space."""
+
+
+class Site(NamedTuple):
+    """A latent site: its ``shape``, and the ``transform`` from unconstrained ``free_shape``."""
+
+    shape: torch.Size
+    free_shape: torch.Size
+    transform: Transform
+
+
+class Potential(NamedTuple):
+    """A target in unconstrained space: ``energy`` maps ``(C, D)`` to ``(C,)``.
+
+    ``like`` is an empty tensor with the type and device of points; ``model`` and its arguments
+    are what Pyro's strategies for starting points run. ``tempered`` maps points and inverse
+    temperatures to energies; ``name`` names the energy in messages.
+    """
+
+    energy: Energy
+    sites: dict[str, Site]
+    like: Tensor
+    model: Callable[[], Any]
+    tempered: Callable[[Tensor, Tensor], Tensor] | None
+    name: str
+    owner: Any
+
+    @property
+    def num_dims(self) -> int:
+        """The length D of a flat point."""
+        return sum(site.free_shape.numel() for site in self.sites.values())
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Split flat points ``(*batch, D)`` into the values of sites, ``(*batch, *shape)``."""
+        return {n: self.sites[n].transform(v) for n, v in split(self.sites, z).items()}
+
+    def flatten(self, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
+        """Join unconstrained values of sites, ``(num_chains, *free_shape)``, to flat points.
+
+        Raises:
+            KeyError: If a site is missing or unknown.
+            TypeError: If a value is not of real floating point.
+            ValueError: If a value has another shape or device, or is not finite.
+        """
+        if set(values) != set(self.sites):
+            known, got = sorted(self.sites), sorted(values)
+            raise KeyError(f"initial_params must have the sites {known}, got {got}")
+        parts = []
+        for name, site in self.sites.items():
+            value = _checked(name, values[name], site, num_chains, self.like)
+            parts.append(value.reshape(num_chains, -1))
+        return torch.cat(parts, -1)
+
+
+def split(sites: Mapping[str, Site], z: Tensor) -> dict[str, Tensor]:
+    """Split flat points ``(*batch, D)`` by site, in unconstrained space."""
+    sizes = [site.free_shape.numel() for site in sites.values()]
+    pieces = z.split(sizes, -1) if sizes else []
+    return {
+        name: piece.reshape((*z.shape[:-1], *site.free_shape))
+        for (name, site), piece in zip(sites.items(), pieces, strict=True)
+    }
+
+
+def _checked(name: str, value: Tensor, site: Site, num_chains: int, like: Tensor) -> Tensor:
+    """Check starting values of a site and return them in the type of the target."""
+    what = f"initial_params[{name!r}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{what} must be of real floating point, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{what} must be on the device {like.device}, got {value.device}")
+    value = value.detach().to(like.dtype)
+    expected = (num_chains, *site.free_shape)
+    if num_chains == 1 and value.shape == site.free_shape:
+        value = value.unsqueeze(0)
+    if value.shape != expected:
+        raise ValueError(f"{what} must have the shape {expected}, got {tuple(value.shape)}")
+    if not value.isfinite().all():
+        bad = (~value.isfinite()).flatten(1).any(-1).nonzero()[0].item()
+        raise ValueError(f"{what} must be finite, got {value[bad].tolist()} for chain {bad}")
+    return value
+
+
+def potential_of(target: Any, args: tuple, kwargs: dict[str, Any]) -> Potential:
+    """Make the potential of a :class:`GibbsBoltzmann` or of a Pyro model with its arguments.
+
+    Raises:
+        TypeError: If the target is neither.
+        ValueError: If it has no continuous latent site.
+        NotImplementedError: If it subsamples its data.
+    """
+    if isinstance(target, GibbsBoltzmann):
+        return _of_distribution(target)
+    if isinstance(target, Potential):
+        return target
+    if not callable(target):
+        got = type(target).__name__
+        raise TypeError(f"target must be a GibbsBoltzmann or a Pyro model, got {got}")
+    return _of_model(target, args, kwargs)
+
+
+def _of_distribution(d: GibbsBoltzmann) -> Potential:
+    shape = d.shape()
+    transform = biject_to(d.support)
+    free = torch.Size(transform.inverse_shape(shape))
+    like = d.floating().to(_promoted(d.floating().dtype))
+    sites = {"x": Site(shape, free, transform)}
+    if shape.numel() == 0:
+        raise ValueError(f"target must have at least one component, got the shape {tuple(shape)}")
+    if d.has_enumerate_support or not like.dtype.is_floating_point:
+        raise ValueError(f"target must be continuous, got the support {d.support}")
+    lean = _lean(d)
+
+    def pulled(part: Energy) -> Energy:
+        inner = unconstrained(part, transform, d.event_dim)
+        return lambda z: inner(z.reshape((*z.shape[:-1], *free)))
+
+    def total(x: Tensor) -> Tensor:
+        value = lean(x)
+        return value.flatten(x.dim() - len(shape)).sum(-1) if d.batch_shape else value
+
+    def tempered(z: Tensor, beta: Tensor) -> Tensor:
+        def at(x: Tensor) -> Tensor:
+            e = d.beta * d._energy_at(x)
+            e = beta.reshape(*beta.shape, *[1] * (e.dim() - beta.dim())) * e
+            e = e - d._measure.log_prob(x)
+            return e.flatten(x.dim() - len(shape)).sum(-1) if d.batch_shape else e
+
+        return pulled(at)(z)
+
+    model = lambda: pyro.sample("x", d)
+    return Potential(pulled(total), sites, like, model, tempered, describe(d.energy), d.energy)
+
+
+def _lean(d: GibbsBoltzmann) -> Energy:
+    """The potential of a distribution without its checks, which the start makes."""
+    if d.batch_shape or d._binding.values:
+        return d.potential
+    flat = isinstance(d.base, Flat)
+    plain = not isinstance(d.beta, Tensor) and d.beta == 1.0
+
+    def energy(x: Tensor) -> Tensor:
+        value = d.energy(x)
+        value = value if plain else d.beta * value
+        return value if flat else value - d._measure.log_prob(x)
+
+    return energy
+
+
+def _promoted(dtype: torch.dtype) -> torch.dtype:
+    """Half precision runs in single."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+# Models ----------------------------------------------------------------------------------------
+
+
+class _Tempering(Messenger):
+    """Scales the energies of a model: observations, factors and the energies of energy sites.
+
+    Ordinary priors keep their density, so that the law at 0 is the prior, and proper.
+    """
+
+    def __init__(self, beta: Tensor) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if site_is_subsample(msg):
+            return
+        if isinstance(fn, GibbsBoltzmann) and not msg["is_observed"]:
+            msg["fn"] = _Powered(fn, lambda x: fn._measure.log_prob(x), self.beta)
+        elif msg["is_observed"]:
+            msg["fn"] = _Powered(fn, None, self.beta)
+
+
+class _Powered:
+    """A distribution with its density (beyond that of a base) to the power of beta."""
+
+    def __init__(self, fn: Any, base: Any, beta: Tensor) -> None:
+        self.fn, self.base, self.beta = fn, base, beta
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fn, name)
+
+    def log_prob(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        total = self.fn.log_prob(x, *args, **kwargs)
+        if self.base is None:
+            return self.beta * total
+        base = self.base(x)
+        return base + self.beta * (total - base)
+
+
+def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Potential:
+    """Make the batched potential of a model, by tracing that of one chain and batching it."""
+    bound = lambda: model(*args, **kwargs)
+    try:
+        with quiet():  # of no matter which strategy: starting points are drawn by `starts`
+            _, potential, inverses, trace = initialize_model(
+                bound, init_strategy=init_to_uniform, initial_params={}
+            )
+    except NotImplementedError as error:
+        if "subsample" not in str(error):
+            raise
+        raise NotImplementedError(
+            "target must use all of its data: a plate subsamples, and a Markov chain on a "
+            "changing subset does not have the posterior as its law; leave subsample_size out"
+        ) from error
+    sites = {}
+    for name, inverse in inverses.items():
+        value = trace.nodes[name]["value"]
+        free = torch.Size(inverse.inv.inverse_shape(value.shape))
+        sites[name] = Site(value.shape, free, inverse.inv)
+    if not sites:
+        raise ValueError("target must have at least one continuous latent site, got none")
+    like = torch.cat([trace.nodes[n]["value"].detach().flatten() for n in sites])[:0]
+    if not all(site.shape.numel() for site in sites.values()):
+        empty = [name for name, site in sites.items() if not site.shape.numel()]
+        raise ValueError(f"target must have components at every site, got none at {empty}")
+
+    def single(z: Tensor) -> Tensor:
+        return potential(split(sites, z)).reshape(())
+
+    def tempered_single(z: Tensor, beta: Tensor) -> Tensor:
+        with _Tempering(beta):
+            return single(z)
+
+    name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
+    energy, tempered = _Batched(single), _Batched(tempered_single)
+    return Potential(energy, sites, like, bound, tempered, name, model)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No argument checks, no outer handlers, no warnings of tracers."""
+    with warnings.catch_warnings(), pyro.validation_enabled(False), poutine.block():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with _Unchecked():
+            yield
+
+
+class _Unchecked(Messenger):
+    """Switches off the argument checks of distributions that were made outside the model."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if getattr(fn, "_validate_args", False) and not site_is_subsample(msg):
+            msg["fn"] = unvalidated(fn)
+
+
+class _Batched:
+    """The energy of many chains, from a function of one chain.
+
+    The function is traced once to a graph of tensor operations, which ``torch.func.vmap`` can
+    batch (models with enumerated sites too, whose custom derivatives it cannot), and the
+    batch is traced again, so that neither Python nor vmap remains in what is run. Where that
+    fails, chains are evaluated one by one, with a warning that says why.
+    """
+
+    def __init__(self, single: Callable[..., Tensor]) -> None:
+        self.single = single
+        self.graphs: dict[tuple, Callable[..., Tensor] | None] = {}
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        key = tuple((p.shape, p.dtype, p.device) for p in parts)
+        if key not in self.graphs:
+            self.graphs[key] = self._trace(parts)
+        graph = self.graphs[key]
+        if graph is not None:
+            return graph(*parts)
+        with quiet():
+            return torch.stack([self.single(*part) for part in zip(*parts, strict=True)])
+
+    def _trace(self, parts: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
+        plain = tuple(p.detach().clone() for p in parts)
+        try:
+            with quiet(), torch.no_grad():
+                one = make_fx(self.single)(*(p[0] for p in plain))
+                with contextlib.suppress(RuntimeError):
+                    return make_fx(torch.func.vmap(one))(*plain)
+                # vmap refuses writes in place: turn them into values first
+                one = make_fx(torch.func.functionalize(one))(*(p[0] for p in plain))
+                return make_fx(torch.func.vmap(one))(*plain)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            warnings.warn(
+                f"chains of this model are evaluated one by one, since it cannot be traced and "
+                f"batched ({reason})",
+                stacklevel=2,
+            )
+            return None
+
+
+# Starting points -------------------------------------------------------------------------------
+
+
+def starts(target: Potential, num_chains: int, strategy: Callable[..., Any] | None) -> Tensor:
+    """Draw starting points, ``(num_chains, D)``, by one of Pyro's strategies."""
+    if strategy is None or strategy is init_to_uniform:
+        z = torch.rand(num_chains, target.num_dims, dtype=target.like.dtype)
+        return (RADIUS * (2.0 * z - 1.0)).to(target.like.device)
+    points = []
+    with quiet():
+        model = InitMessenger(strategy)(target.model)
+        for _ in range(num_chains):
+            trace = poutine.trace(model).get_trace()
+            values = {n: trace.nodes[n]["value"].detach()[None] for n in target.sites}
+            parts = [s.transform.inv(values[n]).reshape(-1) for n, s in target.sites.items()]
+            points.append(torch.cat(parts).to(target.like))
+    return torch.stack(points)
+
+
+def find_starts(
+    target: Potential,
+    engine: Any,
+    num_chains: int,
+    strategy: Callable[..., Any] | None,
+    given: Tensor | None,
+    first: int,
+) -> Tensor:
+    """Return starting points of finite energy and gradient, drawn anew where they are not.
+
+    Raises:
+        ValueError: If a given point, or after many tries a drawn one, has no finite energy, or
+            one of minus infinity; the chain is named (the first of these is number ``first``).
+    """
+    z = starts(target, num_chains, strategy) if given is None else given
+    for attempt in range(TRIES):
+        value, grad = engine.gradient(z)
+        bad = ~(value.isfinite() & grad.isfinite().all(-1))
+        pit = value == -torch.inf
+        if not bool(bad.any()):
+            return z
+        if given is not None or bool(pit.any()) or attempt == TRIES - 1:
+            break
+        z = torch.where(bad.unsqueeze(-1), starts(target, num_chains, strategy), z)
+    which = pit if bool(pit.any()) else bad
+    chain = int(which.nonzero()[0])
+    got, x = value[chain].item(), target.constrain(z[chain])
+    at = ", ".join(f"{name} = {_short(v)}" for name, v in x.items())
+    rule = "bounded below" if got == -torch.inf else "finite"
+    what = (
+        f"its gradient is {_short(grad[chain])}"
+        if which[chain] and value[chain].isfinite()
+        else (f"got {got}")
+    )
+    tries = "" if given is not None or bool(pit.any()) else f" after {TRIES} tries"
+    raise ValueError(
+        f"{target.name} must be {rule} at the initial point of every chain, {what} for chain "
+        f"{first + chain}{tries}, at {at}"
+    )
+
+
+def _short(x: Tensor) -> str:
+    flat = x.detach().flatten()
+    text = ", ".join(f"{v:.4g}" for v in flat[:4].tolist()) + (", ..." if len(flat) > 4 else "")
+    return text if x.dim() == 0 else f"[{text}]"

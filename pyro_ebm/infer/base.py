@@ -1,0 +1,270 @@
+"""Samplers as what they are made of: a target, a kind of move, and what warm-up adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from pyro_ebm.adaptation import Adapted, Warmup
+from pyro_ebm.distribution import GibbsBoltzmann
+from pyro_ebm.energy import Energy
+from pyro_ebm.kernels import Kernel, hmc, nuts
+from pyro_ebm.kernels.base import check_positive, check_share
+from pyro_ebm.sampling import Hamiltonian, Move, NoUTurn
+
+METRICS = ("auto", "diagonal", "dense", None)
+
+
+class Sampler:
+    """What all samplers share; make one of its kinds.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        base: The base of a target that is a plain energy.
+        step_size: The leapfrog step to start from; by default warm-up finds it.
+        adapt_step_size: Whether warm-up adapts it.
+        target_accept_prob: The mean acceptance probability to adapt it to.
+        metric: What warm-up adapts: ``"diagonal"``, ``"dense"``, ``"auto"`` (dense in up to 128
+            dimensions where correlations matter) or ``None`` for the identity.
+        step_jitter: The share by which each chain's step is drawn anew at each move.
+        init_strategy: One of Pyro's, for the starting points.
+    """
+
+    default_accept = 0.8
+
+    def __init__(
+        self,
+        target: Any,
+        base: Any = None,
+        *,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,
+        target_accept_prob: float | None = None,
+        metric: str | None = "auto",
+        step_jitter: float = 0.1,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ) -> None:
+        if base is not None:
+            target = GibbsBoltzmann(target, base)
+        if not callable(target) and not isinstance(target, GibbsBoltzmann):
+            got = type(target).__name__
+            raise TypeError(
+                f"target must be a Pyro model, a GibbsBoltzmann or an energy with a base, got {got}"
+            )
+        if step_size is not None:
+            if not isinstance(step_size, Real):
+                got = type(step_size).__name__
+                raise TypeError(f"step_size must be a number, got {got}")
+            check_positive("step_size", step_size)
+        accept = self.default_accept if target_accept_prob is None else target_accept_prob
+        if not 0.0 < accept < 1.0:
+            raise ValueError(f"target_accept_prob must be between 0 and 1, got {accept}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        if step_size is None and not adapt_step_size:
+            raise ValueError("adapt_step_size=False needs a step_size, got None")
+        check_share("step_jitter", step_jitter)
+        self.target, self.step_size, self.adapt_step_size = target, step_size, adapt_step_size
+        self.target_accept_prob, self.metric = accept, metric
+        self.step_jitter, self.init_strategy = step_jitter, init_strategy
+
+    chees = False
+
+    @property
+    def move(self) -> Move:
+        """The kind of move."""
+        raise NotImplementedError
+
+    def warmup(self, num: int, like: Tensor) -> Warmup:
+        """Return the adaptation of ``num`` moves, for points like ``like`` of shape ``(D,)``."""
+        return Warmup(
+            num,
+            like,
+            target=self.target_accept_prob,
+            step_size=self.step_size,
+            adapt_step_size=self.adapt_step_size,
+            metric=self.metric,
+            chees=self.chees,
+        )
+
+    def make_kernel(self, energy: Energy, adapted: Adapted) -> Kernel:
+        """Return a kernel with what a warm-up found."""
+        move, size = self.move, float(adapted.step_size)
+        if isinstance(move, NoUTurn):
+            depth, jitter = move.max_tree_depth, move.step_jitter
+            return nuts(
+                energy, size, metric=adapted.metric, max_tree_depth=depth, step_jitter=jitter
+            )
+        num = move.num_steps or adapted.num_steps
+        return hmc(energy, size, num, metric=adapted.metric, step_jitter=move.step_jitter)
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "kernel": type(self).__name__,
+            "move": repr(self.move),
+            "step_size": self.step_size,
+            "adapt_step_size": self.adapt_step_size,
+            "target_accept_prob": self.target_accept_prob,
+            "metric": self.metric,
+        }
+
+
+class NUTS(Sampler):
+    r"""The no-U-turn sampler, for all chains at once; the default for a few chains.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        *args: The base of a target that is an energy.
+        max_tree_depth: The most doublings of a trajectory.
+        **kwargs: Those of every sampler: ``step_size``, ``adapt_step_size``,
+            ``target_accept_prob`` (.8), ``metric`` (``"auto"``, ``"diagonal"``, ``"dense"`` or
+            ``None``), ``step_jitter``, ``init_strategy``.
+
+    Raises:
+        TypeError: If the target is none.
+        ValueError: If an argument is out of its range.
+
+    References:
+        | The No-U-Turn Sampler (Hoffman and Gelman, 2014)
+        | https://arxiv.org/abs/1111.4246
+
+    Example:
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale))
+        >>> mcmc = ebm.MCMC(ebm.NUTS(model), 200, num_chains=4, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples(group_by_chain=True)["x"].shape
+        torch.Size([4, 200])
+    """
+
+    def __init__(self, target: Any, *args: Any, max_tree_depth: int = 10, **kwargs: Any) -> None:
+        super().__init__(target, *args, **kwargs)
+        if max_tree_depth != int(max_tree_depth) or not 1 <= max_tree_depth <= 20:
+            raise ValueError(f"max_tree_depth must be from 1 to 20, got {max_tree_depth}")
+        self.max_tree_depth = int(max_tree_depth)
+
+    @property
+    def move(self) -> Move:
+        return NoUTurn(self.max_tree_depth, self.step_jitter)
+
+
+class HMC(Sampler):
+    r"""Hamiltonian Monte Carlo with a fixed mean number of leapfrog steps.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        *args: The base of a target that is an energy.
+        num_steps: The mean number of leapfrog steps.
+        jitter: The share by which that number is drawn anew at each move.
+        **kwargs: Those of every sampler; see :class:`NUTS`.
+
+    Raises:
+        TypeError: If the target is none.
+        ValueError: If an argument is out of its range.
+
+    References:
+        | MCMC Using Hamiltonian Dynamics (Neal, 2011)
+        | https://arxiv.org/abs/1206.1901
+
+    Example:
+        >>> energy = lambda x: 0.5 * x.square().sum(-1)
+        >>> kernel = ebm.HMC(energy, ebm.Flat((2,)), num_steps=4)
+        >>> mcmc = ebm.MCMC(kernel, 200, num_chains=16, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].shape
+        torch.Size([3200, 2])
+    """
+
+    def __init__(
+        self, target: Any, *args: Any, num_steps: int = 8, jitter: float = 0.2, **kwargs: Any
+    ) -> None:
+        super().__init__(target, *args, **kwargs)
+        if num_steps != int(num_steps) or num_steps < 1:
+            raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps}")
+        check_share("jitter", jitter)
+        self.num_steps, self.jitter = int(num_steps), jitter
+
+    @property
+    def move(self) -> Move:
+        return Hamiltonian(self.num_steps, self.jitter, self.step_jitter)
+
+
+class ChEES(Sampler):
+    r"""Hamiltonian Monte Carlo whose trajectory length all chains find together.
+
+    The default for many chains: each draw costs all chains the same. The number of leapfrog
+    steps is that with the most effective draws per gradient, for positions and their squares
+    alike; see :class:`pyro_ebm.adaptation.Length`.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        *args: The base of a target that is an energy.
+        jitter: The share by which the number of steps is drawn anew at each move.
+        **kwargs: Those of every sampler; see :class:`NUTS`. ``step_jitter`` is .2.
+
+    Raises:
+        TypeError: If the target is none.
+        ValueError: If an argument is out of its range.
+
+    References:
+        | An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian Monte Carlo
+          (Hoffman, Radul and Sountsov, 2021)
+        | http://proceedings.mlr.press/v130/hoffman21a.html
+
+    Example:
+        >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square().sum(-1), ebm.Flat((2,)))
+        >>> mcmc = ebm.MCMC(ebm.ChEES(d), 200, num_chains=64, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].shape
+        torch.Size([12800, 2])
+    """
+
+    chees = True
+
+    def __init__(self, target: Any, *args: Any, jitter: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(target, *args, **{"step_jitter": 0.2, **kwargs})
+        check_share("jitter", jitter)
+        self.jitter = jitter
+
+    @property
+    def move(self) -> Move:
+        return Hamiltonian(None, self.jitter, self.step_jitter)
+
+
+class MALA(Sampler):
+    r"""The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step.
+
+    A Langevin step of size :math:`\epsilon^2 / 2` is a leapfrog step of size :math:`\epsilon`.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        *args: The base of a target that is an energy.
+        **kwargs: Those of every sampler; see :class:`NUTS`. ``target_accept_prob`` is .574.
+
+    Raises:
+        TypeError: If the target is none.
+        ValueError: If an argument is out of its range.
+
+    References:
+        | Exponential Convergence of Langevin Distributions (Roberts and Tweedie, 1996)
+        | https://doi.org/10.2307/3318418
+
+    Example:
+        >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square().sum(-1), ebm.Flat((2,)))
+        >>> mcmc = ebm.MCMC(ebm.MALA(d), 500, num_chains=64, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].shape
+        torch.Size([32000, 2])
+    """
+
+    default_accept = 0.574
+
+    @property
+    def move(self) -> Move:
+        return Hamiltonian(1, 0.0, self.step_jitter)

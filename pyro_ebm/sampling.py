@@ -1,0 +1,336 @@
+"""The one loop: blocks of chains, each with a random stream of its own, warmed up and sampled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.adaptation import Adapted, Length, Warmup
+from pyro_ebm.kernels.base import State, jittered, kinetic
+from pyro_ebm.kernels.hmc import settle
+from pyro_ebm.kernels.nuts import Tree, begin, harvest, levels, plant
+
+__all__ = ["Block", "Chains", "Hamiltonian", "NoUTurn", "Stream"]
+
+ROWS = 64
+"""Draws are handed on in chunks of this many, and no chain is farther ahead of the slowest."""
+
+LOOKAHEAD = 16
+"""Uniform random numbers for this many leapfrog steps of NUTS are drawn at once."""
+
+STATS = (
+    "lp",
+    "energy",
+    "acceptance_rate",
+    "step_size",
+    "n_steps",
+    "diverging",
+    "invalid",
+    "unbounded",
+)
+
+
+class Stream:
+    """A stream of random numbers, in the place of torch's own while it is entered.
+
+    Args:
+        seed: The seed of the run.
+        index: The number of the stream.
+        device: A device whose generator is replaced beside the CPU's.
+    """
+
+    def __init__(self, seed: int, index: int, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        mixed = (seed ^ (index * 0x9E3779B97F4A7C15)) & (2**63 - 1)
+        self.states = [torch.Generator(d).manual_seed(mixed).get_state() for d in self._all()]
+
+    def _all(self) -> list[torch.device]:
+        return [torch.device("cpu"), *self.devices]
+
+    def _read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+
+    def _write(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self.devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream."""
+        outside = self._read()
+        self._write(self.states)
+        try:
+            yield
+        finally:
+            self.states = self._read()
+            self._write(outside)
+
+
+class Engine(Protocol):
+    """How gradients are computed: eagerly, from a trace, or compiled."""
+
+    executed: int
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return potentials ``(C,)`` and gradients of points ``(C, D)``."""
+
+    def integrate(self, metric: Any, phase: Any, step: Tensor, num: int) -> tuple[Tensor, ...]:
+        """Make ``num`` leapfrog steps."""
+
+    def advance(
+        self, metric: Any, tables: Any, tree: Tree, u: Tensor, paused: Tensor
+    ) -> tuple[Tree, int]:
+        """Grow trees until one is finished that is not paused, at most ``len(u)`` steps."""
+
+
+class Block:
+    """Chains that run as one batch, with a stream of their own and rows not yet handed on."""
+
+    def __init__(self, stream: Stream, state: Any, width: int) -> None:
+        self.stream, self.state = stream, state
+        like = state.energy
+        self.rows = like.new_zeros(len(like), 2 * ROWS, width)
+        self.counts = torch.zeros(len(like), dtype=torch.long, device=like.device)
+        self.tree: Tree | None = None
+        self.uniforms: Tensor | None = None
+        self.used = 0
+
+    def ahead(self, like: Tensor) -> Tensor:
+        """Return uniform random numbers for the next leapfrog steps, ``(n, 3, chains)``."""
+        if self.uniforms is None or self.used == LOOKAHEAD:
+            self.uniforms, self.used = torch.rand(LOOKAHEAD, 3, len(like)).to(like), 0
+        return self.uniforms[self.used :]
+
+    def parts(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "stream": self.stream.states,
+            "state": list(self.state),
+            "rows": self.rows,
+            "counts": self.counts,
+            "tree": None if self.tree is None else list(self.tree),
+            "uniforms": self.uniforms,
+            "used": self.used,
+        }
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.stream.states = parts["stream"]
+        self.state = type(self.state)(*parts["state"])
+        self.rows, self.counts = parts["rows"], parts["counts"]
+        self.tree = None if parts["tree"] is None else Tree(*parts["tree"])
+        self.uniforms, self.used = parts["uniforms"], parts["used"]
+
+    def take(self, num: int) -> Tensor:
+        """Hand on the first ``num`` rows of each chain."""
+        taken = self.rows[:, :num].clone()
+        self.rows = torch.roll(self.rows, -num, 1)
+        self.counts = self.counts - num
+        return taken
+
+
+def _row(q: Tensor, info: Any, extra: tuple[str, ...]) -> Tensor:
+    stats = [
+        -info.energy,
+        info.hamiltonian,
+        info.accept_prob,
+        info.step_size,
+        info.num_steps,
+        info.diverging,
+        info.invalid,
+        info.unbounded,
+        *(getattr(info, name) for name in extra),
+    ]
+    return torch.cat([q, torch.stack([s.to(q.dtype) for s in stats], -1)], -1)
+
+
+class Hamiltonian(NamedTuple):
+    """Moves by HMC: all chains make the same number of steps, drawn anew at each move."""
+
+    num_steps: int | None = None  # fixed, else adapted
+    jitter: float = 0.2
+    step_jitter: float = 0.2
+    extra: tuple[str, ...] = ()
+
+    def start(self, engine: Engine, z: Tensor) -> State:
+        """Evaluate chains at their positions."""
+        return start_with(engine, z)
+
+    def steps(self, adapted: Adapted) -> int:
+        """Draw a number of leapfrog steps."""
+        num = self.num_steps or adapted.num_steps
+        if not self.jitter:
+            return num
+        share = 1.0 + self.jitter * (2.0 * torch.rand((), device="cpu").item() - 1.0)
+        return max(1, round(num * share))
+
+    def _throw(self, state: State, adapted: Adapted) -> tuple[Tensor, Tensor]:
+        """Draw momenta and step sizes."""
+        momentum = adapted.metric.momentum(state.position)
+        size = adapted.step_size.to(state.energy).expand(state.energy.shape)
+        return momentum, jittered(size, self.step_jitter)
+
+    def step(self, engine: Engine, state: State, adapted: Adapted) -> tuple[State, Any]:
+        """Move all chains once."""
+        num, (momentum, size) = self.steps(adapted), self._throw(state, adapted)
+        phase = (state.position, momentum, state.grad)
+        q, p, grad, value = engine.integrate(adapted.metric, phase, size.unsqueeze(-1), num)
+        return settle(adapted.metric, state, momentum, State(q, value, grad), p, (size, num))
+
+    def explore(
+        self, engine: Engine, state: State, adapted: Adapted, length: Length
+    ) -> tuple[State, Any, list]:
+        """Move all chains once, and look at their trajectories at several stages."""
+        metric = adapted.metric
+        momentum, size = self._throw(state, adapted)
+        q, p, grad = state.position, momentum, state.grad
+        before = state.energy + kinetic(metric, momentum, state.energy)
+        at, seen, ends = 0, [], {}
+        for num in length.stages:
+            step = size.unsqueeze(-1)
+            q, p, grad, value = engine.integrate(metric, (q, p, grad), step, num - at)
+            at = num
+            error = value + kinetic(metric, p, value) - before
+            accept = (-error).nan_to_num(-torch.inf).clamp(max=0.0).exp()
+            seen.append((num, q, accept))
+            ends[num] = State(q, value, grad), p
+        num = adapted.num_steps
+        new, p = ends[num]
+        return *settle(metric, state, momentum, new, p, (size, num)), seen
+
+    def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
+        """Draw until each chain has ``num`` rows."""
+        for i in range(int(block.counts[0]), num):
+            block.state, info = self.step(engine, block.state, adapted)
+            block.rows[:, i] = _row(block.state.position, info, self.extra)
+            block.counts += 1
+
+
+class NoUTurn(NamedTuple):
+    """Moves by NUTS: in warm-up all chains draw together, later each on its own."""
+
+    max_tree_depth: int = 10
+    step_jitter: float = 0.1
+    extra: tuple[str, ...] = ("tree_depth", "reached_max_treedepth")
+
+    def start(self, engine: Engine, z: Tensor) -> State:
+        """Evaluate chains at their positions."""
+        return start_with(engine, z)
+
+    def _begin(self, tree: Tree, which: Tensor, adapted: Adapted) -> Tree:
+        like = tree.proposal[0]
+        fresh = adapted.metric.momentum(like)
+        size = adapted.step_size.to(like).expand(len(like))
+        size = jittered(size, self.step_jitter)
+        return begin(tree, which, adapted.metric, fresh, size, torch.rand_like(size))
+
+    def step(self, engine: Engine, state: State, adapted: Adapted) -> tuple[State, Any]:
+        """Draw from all chains once; those with short trees wait."""
+        tables = tuple(t.to(state.energy.device) for t in levels(self.max_tree_depth))
+        tree = plant(state, self.max_tree_depth)
+        tree = self._begin(tree, tree.finished, adapted)
+        while not bool(tree.finished.all()):
+            u = torch.rand(LOOKAHEAD, 3, len(state.energy)).to(state.energy)
+            used = 0
+            while used < LOOKAHEAD and not bool(tree.finished.all()):
+                more = engine.advance(adapted.metric, tables, tree, u[used:], tree.finished)
+                tree, used = more[0], used + more[1]
+        return harvest(tree, state.position)
+
+    def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
+        """Draw until each chain has ``num`` rows, each starting its next tree at once."""
+        tables = tuple(t.to(block.counts.device) for t in levels(self.max_tree_depth))
+        tree = block.tree if block.tree is not None else plant(block.state, self.max_tree_depth)
+        old = block.state.position
+        try:
+            while int(block.counts.min()) < num:
+                ready = tree.finished & (block.counts < block.counts.min() + ROWS)
+                if bool(ready.any()):
+                    old = torch.where(ready.unsqueeze(-1), tree.proposal[0], old)
+                    tree = self._begin(tree, ready, adapted)
+                paused, done = tree.finished, torch.zeros_like(tree.finished)
+                while not bool(done.any()):
+                    u = block.ahead(tree.step)
+                    tree, used = engine.advance(adapted.metric, tables, tree, u, paused)
+                    block.used += used
+                    done = tree.finished & ~paused
+                state, info = harvest(tree, old)
+                at = done.nonzero()[:, 0]
+                block.rows[at, block.counts[at]] = _row(state.position, info, self.extra)[at]
+                block.counts = block.counts + done
+        finally:  # an interrupted run keeps its trees
+            block.tree = tree
+            block.state = State(tree.proposal[0], tree.proposal_energy, tree.proposal[2])
+
+
+def start_with(engine: Engine, z: Tensor) -> State:
+    """Evaluate chains; where the energy is not finite the gradient is zero."""
+    value, grad = engine.gradient(z)
+    finite = value.isfinite().unsqueeze(-1) & grad.isfinite()
+    return State(z, value, torch.where(finite, grad, 0.0))
+
+
+Move = Hamiltonian | NoUTurn
+
+
+class Chains:
+    """All chains of a run: blocks of them, their engine, and what warm-up has found."""
+
+    def __init__(self, move: Move, engine: Engine, warmup: Warmup, blocks: list[Block]) -> None:
+        self.move, self.engine, self.warmup, self.blocks = move, engine, warmup, blocks
+        self.adapted: Adapted | None = None
+
+    def warm(self) -> Any:
+        """Move all chains once and adapt."""
+        befores, states, infos, looks = [], [], [], []
+        adapted, length = self.warmup.adapted, self.warmup.length
+        for block in self.blocks:
+            befores.append(block.state)
+            with block.stream.active():
+                if length is not None and isinstance(self.move, Hamiltonian):
+                    move = self.move.explore(self.engine, block.state, adapted, length)
+                else:
+                    move = *self.move.step(self.engine, block.state, adapted), []
+            block.state, info, seen = move
+            states.append(block.state)
+            infos.append(info)
+            looks.append(seen)
+        info = _joined(infos)
+        seen = [
+            (look[0][0], torch.cat([q for _, q, _ in look]), torch.cat([a for *_, a in look]))
+            for look in zip(*looks, strict=True)
+        ]
+        self.warmup.update(_joined(befores), _joined(states), info, seen)
+        return info
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        blocks = [block.parts() for block in self.blocks]
+        return {"warmup": self.warmup.state(), "blocks": blocks}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.warmup.restore(state["warmup"])
+        for block, parts in zip(self.blocks, state["blocks"], strict=True):
+            block.restore(parts)
+
+    def draw(self, num: int) -> Tensor:
+        """Draw ``num`` times from every chain: rows ``(C, num, D + stats)``."""
+        for block in self.blocks:
+            with block.stream.active():
+                self.move.fill(self.engine, block, self.warmup.adapted, num)
+        return torch.cat([block.take(num) for block in self.blocks])
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Join the records of blocks."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(*(_joined(list(column)) for column in zip(*parts, strict=True)))
