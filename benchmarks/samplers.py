@@ -250,13 +250,12 @@ def parse(argv=None):
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a contender may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few draws, one repeat, four chains")
+    parser.add_argument("--quick", action="store_true", help="let few draws be the default")
     parser.add_argument("--output", metavar="PATH", help="write JSON")
     parser.add_argument("--plot", metavar="PATH", help="write a picture (scaling)")
-    args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(QUICK)
-    return with_defaults(args)
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    return with_defaults(parser.parse_args(argv))
 
 
 def with_defaults(args):
