@@ -36,8 +36,8 @@ class Target(NamedTuple):
 
     ``sample`` maps a number n and an inverse temperature to independent points ``(n, d)``.
     ``uniforms`` maps points to K numbers each, ``(n, K)``, every one of them uniform on the unit
-    interval if the points have the law. With leapfrog steps of ``step``, four at a time, some
-    two thirds of the trajectories are accepted.
+    interval if the points have the law. ``step`` is a leapfrog step so long that errors matter:
+    of trajectories of four of them one half to three quarters are accepted.
     """
 
     energy: Callable
@@ -262,12 +262,6 @@ def distances(u):
 def bound(n, statistics, false_alarm=FALSE_ALARM):
     """The distance that n independent draws exceed in one of several statistics so rarely."""
     return math.sqrt(math.log(2 * statistics / false_alarm) / (2 * n))
-
-
-def p_value(u):
-    """The bound's p-value for all statistics together, at most 1: for reading, not for gating."""
-    n, statistics = u.shape
-    return min(1.0, 2 * statistics * math.exp(-2 * n * distances(u).max().item() ** 2))
 
 
 def moved(make, target, n=STARTS, moves=MOVES):

@@ -28,7 +28,7 @@ hmc_module = importlib.import_module("pyro_ebm.kernels.hmc")
 nuts_module = importlib.import_module("pyro_ebm.kernels.nuts")
 
 SOME = 20_000  # chains that are enough to see a bug
-FEW = 1_000
+FEW = 1_000  # where there are 200 seeds, which are also moved less often: for time
 
 
 @pytest.mark.slow
@@ -116,11 +116,12 @@ def momentum_of(metric, draw):
 
 def frozen(patch):
     """Momenta that are drawn once, and not for every move."""
-    patch(Diagonal, "momentum", lambda self, like: torch.randn(like.shape, generator=seeded()))
 
+    def momentum(metric, like):
+        seeded = torch.Generator(like.device).manual_seed(1)
+        return torch.randn(like.shape, generator=seeded, device=like.device)
 
-def seeded():
-    return torch.Generator().manual_seed(1)
+    patch(Diagonal, "momentum", momentum)
 
 
 def kicked(first, last):
