@@ -37,7 +37,7 @@ class Target(NamedTuple):
     ``sample`` maps a number n and an inverse temperature to independent points ``(n, d)``.
     ``uniforms`` maps points to K numbers each, ``(n, K)``, every one of them uniform on the unit
     interval if the points have the law. ``step`` is a leapfrog step so long that errors matter:
-    of trajectories of four of them one half to three quarters are accepted.
+    of trajectories of four such steps some 60 to 80 percent are accepted.
     """
 
     energy: Callable
