@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -230,3 +231,32 @@ def _cut(value: Any) -> Any:
 def registered_name(leaf: Tensor) -> str | None:
     """Return the name of a parameter in Pyro's parameter store, if it is there."""
     return pyro.get_param_store()._param_to_name.get(leaf)
+
+
+def python_state(energy: Any) -> dict[str, str]:
+    """Describe the plain Python values that an energy reaches: counters, lists, flags.
+
+    An energy that changes them as it runs is more than its tensor operations.
+    """
+    seen: set[int] = set()
+    found: dict[str, str] = {}
+    queue: list[tuple[str, Any, int]] = [("energy", energy, 0)]
+    while queue:
+        path, thing, depth = queue.pop()
+        plain = isinstance(thing, (int, float, str, bool, itertools.count))
+        if plain or (isinstance(thing, (list, dict, set, tuple)) and id(thing) not in seen):
+            found[path] = repr(thing) if plain else str(len(thing))
+        if plain or id(thing) in seen or isinstance(thing, Tensor) or depth > 6:
+            continue
+        seen.add(id(thing))
+        queue += [(f"{path}.{name}", part, depth + 1) for name, part in _inside(thing)]
+        code = getattr(thing, "__code__", None)
+        if code is not None and str(thing.__module__).partition(".")[0] not in _LIBRARIES:
+            names = set(_global_names(code))
+            values = {n: thing.__globals__[n] for n in names if n in thing.__globals__}
+            queue += [
+                (f"{path}.{n}", v, depth + 1)
+                for n, v in values.items()
+                if isinstance(v, (int, float, str, bool, itertools.count))
+            ]
+    return found

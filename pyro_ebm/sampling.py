@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm._engine import Eager as Engine
+from pyro_ebm._engine import Luck
 from pyro_ebm.adaptation import Adapted, Length, Warmup
 from pyro_ebm.kernels.base import State, jittered, kinetic
-from pyro_ebm.kernels.hmc import settle
-from pyro_ebm.kernels.nuts import Tree, begin, harvest, levels, plant
+from pyro_ebm.kernels.hmc import Chance, settle
+from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
 
 __all__ = ["Block", "Chains", "Hamiltonian", "NoUTurn", "Stream"]
 
@@ -32,6 +34,9 @@ STATS = (
     "invalid",
     "unbounded",
 )
+
+
+TREE_STATS = ("tree_depth", "reached_max_treedepth")
 
 
 class Stream:
@@ -71,23 +76,6 @@ class Stream:
             self._write(outside)
 
 
-class Engine(Protocol):
-    """How gradients are computed: eagerly, from a trace, or compiled."""
-
-    executed: int
-
-    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return potentials ``(C,)`` and gradients of points ``(C, D)``."""
-
-    def integrate(self, metric: Any, phase: Any, step: Tensor, num: int) -> tuple[Tensor, ...]:
-        """Make ``num`` leapfrog steps."""
-
-    def advance(
-        self, metric: Any, tables: Any, tree: Tree, u: Tensor, paused: Tensor
-    ) -> tuple[Tree, int]:
-        """Grow trees until one is finished that is not paused, at most ``len(u)`` steps."""
-
-
 class Block:
     """Chains that run as one batch, with a stream of their own and rows not yet handed on."""
 
@@ -101,10 +89,10 @@ class Block:
         self.used = 0
 
     def ahead(self, like: Tensor) -> Tensor:
-        """Return uniform random numbers for the next leapfrog steps, ``(n, 3, chains)``."""
+        """Return uniform random numbers, ``(n, 3, chains)``; ``used`` of them are spent."""
         if self.uniforms is None or self.used == LOOKAHEAD:
             self.uniforms, self.used = torch.rand(LOOKAHEAD, 3, len(like)).to(like), 0
-        return self.uniforms[self.used :]
+        return self.uniforms
 
     def parts(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -134,7 +122,8 @@ class Block:
         return taken
 
 
-def _row(q: Tensor, info: Any, extra: tuple[str, ...]) -> Tensor:
+def _row(q: Tensor, info: Any, extra: tuple[str, ...] = ()) -> Tensor:
+    """Join positions and records: ``(C, D + stats)``."""
     stats = [
         -info.energy,
         info.hamiltonian,
@@ -147,6 +136,10 @@ def _row(q: Tensor, info: Any, extra: tuple[str, ...]) -> Tensor:
         *(getattr(info, name) for name in extra),
     ]
     return torch.cat([q, torch.stack([s.to(q.dtype) for s in stats], -1)], -1)
+
+
+def _tree_row(q: Tensor, info: Any) -> Tensor:
+    return _row(q, info, TREE_STATS)
 
 
 class Hamiltonian(NamedTuple):
@@ -205,10 +198,14 @@ class Hamiltonian(NamedTuple):
 
     def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
         """Draw until each chain has ``num`` rows."""
+        size = adapted.step_size.to(block.state.energy)
         for i in range(int(block.counts[0]), num):
-            block.state, info = self.step(engine, block.state, adapted)
-            block.rows[:, i] = _row(block.state.position, info, self.extra)
-            block.counts += 1
+            setting = size, self.step_jitter, self.steps(adapted)
+            noise = torch.randn_like(block.state.position)
+            chance = Chance(noise, *torch.rand(2, len(noise), device=noise.device).to(noise))
+            drawn = engine.draw(_row, adapted.metric, block.state, chance, setting)
+            block.state, block.rows[:, i] = drawn
+            block.counts = block.counts + 1
 
 
 class NoUTurn(NamedTuple):
@@ -216,52 +213,48 @@ class NoUTurn(NamedTuple):
 
     max_tree_depth: int = 10
     step_jitter: float = 0.1
-    extra: tuple[str, ...] = ("tree_depth", "reached_max_treedepth")
+    extra: tuple[str, ...] = TREE_STATS
 
     def start(self, engine: Engine, z: Tensor) -> State:
         """Evaluate chains at their positions."""
         return start_with(engine, z)
 
-    def _begin(self, tree: Tree, which: Tensor, adapted: Adapted) -> Tree:
-        like = tree.proposal[0]
-        fresh = adapted.metric.momentum(like)
-        size = adapted.step_size.to(like).expand(len(like))
-        size = jittered(size, self.step_jitter)
-        return begin(tree, which, adapted.metric, fresh, size, torch.rand_like(size))
+    def _luck(self, tree: Tree, ready: Tensor, u: Tensor, first: int, adapted: Adapted) -> Luck:
+        """Draw random numbers for trees that start."""
+        like, size = tree.moving[0], adapted.step_size.to(tree.step)
+        if not bool(ready.any()):
+            none = tree.step
+            return Luck(False, ready, like, none, none, u, first, size, self.step_jitter)
+        noise = torch.randn_like(like)
+        jitter, coin = torch.rand(2, len(like), device=like.device).to(like)
+        return Luck(True, ready, noise, jitter, coin, u, first, size, self.step_jitter)
 
     def step(self, engine: Engine, state: State, adapted: Adapted) -> tuple[State, Any]:
         """Draw from all chains once; those with short trees wait."""
         tables = tuple(t.to(state.energy.device) for t in levels(self.max_tree_depth))
         tree = plant(state, self.max_tree_depth)
-        tree = self._begin(tree, tree.finished, adapted)
-        while not bool(tree.finished.all()):
-            u = torch.rand(LOOKAHEAD, 3, len(state.energy)).to(state.energy)
-            used = 0
-            while used < LOOKAHEAD and not bool(tree.finished.all()):
-                more = engine.advance(adapted.metric, tables, tree, u[used:], tree.finished)
-                tree, used = more[0], used + more[1]
+        ready, first, u = tree.finished, LOOKAHEAD, state.energy
+        while bool(ready.any()) or not bool(tree.finished.all()):
+            if first == LOOKAHEAD:
+                u, first = torch.rand(LOOKAHEAD, 3, len(state.energy)).to(state.energy), 0
+            luck = self._luck(tree, ready, u, first, adapted)
+            tree, first, *_ = engine.grow(_tree_row, adapted.metric, tables, tree, luck)
+            ready = torch.zeros_like(ready)
         return harvest(tree, state.position)
 
     def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
         """Draw until each chain has ``num`` rows, each starting its next tree at once."""
         tables = tuple(t.to(block.counts.device) for t in levels(self.max_tree_depth))
         tree = block.tree if block.tree is not None else plant(block.state, self.max_tree_depth)
-        old = block.state.position
         try:
             while int(block.counts.min()) < num:
+                u = block.ahead(tree.step)
                 ready = tree.finished & (block.counts < block.counts.min() + ROWS)
-                if bool(ready.any()):
-                    old = torch.where(ready.unsqueeze(-1), tree.proposal[0], old)
-                    tree = self._begin(tree, ready, adapted)
-                paused, done = tree.finished, torch.zeros_like(tree.finished)
-                while not bool(done.any()):
-                    u = block.ahead(tree.step)
-                    tree, used = engine.advance(adapted.metric, tables, tree, u, paused)
-                    block.used += used
-                    done = tree.finished & ~paused
-                state, info = harvest(tree, old)
+                luck = self._luck(tree, ready, u, block.used, adapted)
+                grown = engine.grow(_tree_row, adapted.metric, tables, tree, luck)
+                tree, block.used, done, rows = grown
                 at = done.nonzero()[:, 0]
-                block.rows[at, block.counts[at]] = _row(state.position, info, self.extra)[at]
+                block.rows[at, block.counts[at]] = rows[at]
                 block.counts = block.counts + done
         finally:  # an interrupted run keeps its trees
             block.tree = tree
@@ -305,8 +298,19 @@ class Chains:
             (look[0][0], torch.cat([q for _, q, _ in look]), torch.cat([a for *_, a in look]))
             for look in zip(*looks, strict=True)
         ]
-        self.warmup.update(_joined(befores), _joined(states), info, seen)
+        joined = _joined(states)
+        self.warmup.update(_joined(befores), joined, info, seen)
+        self._move(joined, self.warmup.moves())
         return info
+
+    def _move(self, states: Any, source: Tensor | None) -> None:
+        """Let each chain go on from where its source is."""
+        if source is None:
+            return
+        sizes = [len(block.state.energy) for block in self.blocks]
+        parts = (part[source].split(sizes) for part in states)
+        for block, state in zip(self.blocks, zip(*parts, strict=True), strict=True):
+            block.state = type(states)(*state)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

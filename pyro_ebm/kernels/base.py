@@ -89,14 +89,14 @@ def impossible(energy: Tensor) -> Tensor:
     return energy.isnan() | (energy == -torch.inf)
 
 
-def accept(log_ratio: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor]:
+def accept(log_ratio: Tensor, invalid: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the probabilities of acceptance, and draws: the one rule of all exact kernels.
 
-    What is ``invalid``, and a ratio that is NaN, is rejected.
+    What is ``invalid``, and a ratio that is NaN, is rejected. ``u`` are uniform random numbers.
     """
     possible = ~(invalid | log_ratio.isnan())
     accept_prob = torch.where(possible, log_ratio.clamp(max=0.0).exp(), 0.0)
-    return accept_prob, torch.rand_like(accept_prob) < accept_prob
+    return accept_prob, (torch.rand_like(accept_prob) if u is None else u) < accept_prob
 
 
 def choose(accepted: Tensor, new: S, old: S) -> S:
@@ -105,7 +105,9 @@ def choose(accepted: Tensor, new: S, old: S) -> S:
     return old._make(torch.where(expand_like(accepted, n), n, o) for n, o in parts)
 
 
-def metropolis(old: S, new: S, log_proposal_ratio: Tensor) -> tuple[S, MoveInfo]:
+def metropolis(
+    old: S, new: S, log_proposal_ratio: Tensor, u: Tensor | None = None
+) -> tuple[S, MoveInfo]:
     r"""Accept each chain's proposal with the probability that keeps the law invariant.
 
     .. math:: \min\left(1, \exp(U(x) - U(x')) \frac{q(x \mid x')}{q(x' \mid x)}\right)
@@ -118,6 +120,7 @@ def metropolis(old: S, new: S, log_proposal_ratio: Tensor) -> tuple[S, MoveInfo]
             the one to go on with after a rejection.
         new: Their proposals.
         log_proposal_ratio: The log of the proposal ratio, of shape ``(*chains,)``.
+        u: Uniform random numbers, ``(*chains,)``; by default drawn here.
 
     Returns:
         The next state and the record of the move.
@@ -127,7 +130,7 @@ def metropolis(old: S, new: S, log_proposal_ratio: Tensor) -> tuple[S, MoveInfo]
         | https://doi.org/10.1093/biomet/57.1.97
     """
     invalid = impossible(new.energy)
-    accept_prob, accepted = accept(old.energy - new.energy + log_proposal_ratio, invalid)
+    accept_prob, accepted = accept(old.energy - new.energy + log_proposal_ratio, invalid, u)
     kept = choose(accepted, new, old)
     return kept, MoveInfo(kept.energy, accept_prob, accepted, invalid)
 
@@ -142,7 +145,11 @@ class Diagonal(NamedTuple):
 
     def momentum(self, like: Tensor) -> Tensor:
         """Draw momenta for positions."""
-        return torch.randn_like(like) / self.inverse_mass.sqrt()
+        return self.of_noise(torch.randn_like(like))
+
+    def of_noise(self, noise: Tensor) -> Tensor:
+        """Turn standard normal numbers into momenta."""
+        return noise * self.inverse_mass.rsqrt()
 
     def velocity(self, p: Tensor) -> Tensor:
         """Return :math:`M^{-1} p`."""
@@ -167,7 +174,11 @@ class Dense(NamedTuple):
 
     def momentum(self, like: Tensor) -> Tensor:
         """Draw momenta for positions."""
-        return torch.randn_like(like) @ self.inverse_factor
+        return self.of_noise(torch.randn_like(like))
+
+    def of_noise(self, noise: Tensor) -> Tensor:
+        """Turn standard normal numbers into momenta."""
+        return noise @ self.inverse_factor
 
     def velocity(self, p: Tensor) -> Tensor:
         """Return :math:`M^{-1} p`."""

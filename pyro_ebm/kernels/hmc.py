@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def hmc(
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps}")
     check_share("jitter", jitter)
     check_share("step_jitter", step_jitter)
-    move = integrate or trajectory(functools.partial(value_and_grad, energy))
+    follow = integrate or trajectory(functools.partial(value_and_grad, energy))
 
     def step(state: State) -> tuple[State, TrajectoryInfo]:
         like = state.energy
@@ -140,10 +140,42 @@ def hmc(
         if jitter:
             length = max(1, math.ceil(num_steps * (1.0 - jitter * torch.rand(()).item())))
         wide = expand_like(size, state.position)
-        q, p, grad, value = move(shape, (state.position, momentum, state.grad), wide, length)
+        q, p, grad, value = follow(shape, (state.position, momentum, state.grad), wide, length)
         return settle(shape, state, momentum, State(q, value, grad), p, (size, length))
 
     return Kernel(functools.partial(start, energy), step)
+
+
+class Chance(NamedTuple):
+    """The random numbers of a move.
+
+    ``noise`` is standard normal, of the shape of the position, ``jitter`` and ``accept`` are
+    uniform, ``(*chains,)``.
+    """
+
+    noise: Tensor
+    jitter: Tensor
+    accept: Tensor
+
+
+def move(
+    integrate: Callable[..., Any], metric: Metric, state: State, chance: Chance, setting: tuple
+) -> tuple[State, TrajectoryInfo]:
+    """Make one move of HMC of given random numbers: a function without randomness.
+
+    Args:
+        integrate: A :data:`Trajectory`.
+        metric: The metric.
+        state: The chains.
+        chance: The random numbers.
+        setting: Step size, step jitter and number of steps.
+    """
+    step_size, step_jitter, num = setting
+    momentum = metric.of_noise(chance.noise)
+    size = step_size * (1.0 + step_jitter * (2.0 * chance.jitter - 1.0))
+    phase = (state.position, momentum, state.grad)
+    q, p, grad, value = integrate(metric, phase, expand_like(size, state.position), num)
+    return settle(metric, state, momentum, State(q, value, grad), p, (size, num), chance.accept)
 
 
 def settle(
@@ -152,19 +184,20 @@ def settle(
     momentum: Tensor,
     new: State,
     new_momentum: Tensor,
-    spent: tuple[Tensor, int],
+    spent: tuple[Tensor, int | Tensor],
+    u: Tensor | None = None,
 ) -> tuple[State, TrajectoryInfo]:
     """Accept the ends of trajectories or not, and record the moves."""
     before = kinetic(metric, momentum, old.energy)
     after = kinetic(metric, new_momentum, old.energy)
-    kept, info = metropolis(old, new, before - after)
+    kept, info = metropolis(old, new, before - after, u)
     error = new.energy - old.energy + (after - before)
     record = TrajectoryInfo(
         *info,
         hamiltonian=kept.energy + torch.where(info.accepted, after, before),
         # An infinite wall rejects and is no fault of the integrator.
         diverging=(error > MAX_ERROR) & new.energy.isfinite() | error.isnan(),
-        num_steps=torch.full_like(old.energy, spent[1], dtype=torch.long),
+        num_steps=torch.zeros_like(old.energy, dtype=torch.long) + spent[1],
         step_size=spent[0],
         proposal=new,
         momentum=new_momentum,

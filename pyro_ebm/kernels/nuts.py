@@ -93,7 +93,7 @@ def levels(max_tree_depth: int) -> tuple[Tensor, ...]:
     there down to one per trailing one-bit (Phan et al., 2019).
 
     Returns:
-        Two masks of shape ``(2^depth, depth)``: of saving, and of checking.
+        Two masks of shape ``(depth, 2^depth)``: of saving, and of checking.
     """
     saving = torch.zeros(1 << max_tree_depth, max(max_tree_depth, 1), dtype=torch.bool)
     checking = saving.clone()
@@ -104,7 +104,7 @@ def levels(max_tree_depth: int) -> tuple[Tensor, ...]:
         else:
             ending = (~leaf & (leaf + 1)).bit_length() - 1
             checking[leaf, top - ending + 1 : top + 1] = True
-    return saving, checking
+    return saving.T.contiguous(), checking.T.contiguous()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def advance(
     sub_sum = tree.sub_sum + p
 
     # Subtrees that this leaf ends are checked for turns, those that it begins are remembered.
-    saving, checking = (table[tree.leaf].T for table in tables)  # shape: (M, C)
+    saving, checking = (table[:, tree.leaf] for table in tables)  # shape: (M, C)
     here = torch.stack([p, sub_sum]).unsqueeze(1)
     saved = torch.where(saving.unsqueeze(-1), here, tree.saved)
     turned = turning(metric, saved[0], p, sub_sum - saved[1] + saved[0])
