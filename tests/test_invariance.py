@@ -76,7 +76,8 @@ def ratio_of(module, change):
     """Metropolis with another log ratio of the proposals."""
 
     def plant(patch):
-        patch(module, "metropolis", lambda old, new, r: base.metropolis(old, new, change(r)))
+        right = base.metropolis
+        patch(module, "metropolis", lambda old, new, r, *u: right(old, new, change(r), *u))
 
     return plant
 
@@ -85,8 +86,8 @@ def stale(module, name):
     """A field of the state that an acceptance does not bring up to date."""
 
     def plant(patch):
-        def metropolis(old, new, ratio):
-            kept, info = base.metropolis(old, new, ratio)
+        def metropolis(old, *rest):
+            kept, info = base.metropolis(old, *rest)
             return kept._replace(**{name: getattr(old, name)}), info
 
         patch(module, "metropolis", metropolis)
@@ -96,15 +97,14 @@ def stale(module, name):
 
 def upside_down(patch):
     right = base.accept
-    patch(base, "accept", lambda ratio, invalid: right(-ratio, invalid))
+    patch(base, "accept", lambda ratio, *rest: right(-ratio, *rest))
 
 
 def always(patch):
-    def accept(ratio, invalid):
+    def accept(ratio, *_):
         return torch.ones_like(ratio), torch.ones_like(ratio, dtype=torch.bool)
 
     patch(base, "accept", accept)
-    patch(tempering, "accept", accept)
 
 
 def momentum_of(metric, draw):
@@ -163,8 +163,8 @@ def noise_of(scale):
 def not_turned(patch):
     """A rejection that lets the momentum go on."""
 
-    def metropolis(old, new, ratio):
-        return base.metropolis(old._replace(momentum=-old.momentum), new, ratio)
+    def metropolis(old, *rest):
+        return base.metropolis(old._replace(momentum=-old.momentum), *rest)
 
     patch(langevin, "metropolis", metropolis)
 
