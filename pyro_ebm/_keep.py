@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,88 +14,107 @@ Draws = dict[str, Tensor]
 
 
 class Memory:
-    """Keeps all draws, one tensor a name, filled as they come."""
+    """Keeps all draws, one tensor a name, filled as they come.
 
-    def __init__(self, num_draws: int) -> None:
+    Args:
+        num_draws: How many draws there will be.
+        none: A chunk of no draws, ``(chains, 0, *shape)`` by name, from which the room is made.
+    """
+
+    def __init__(self, num_draws: int, none: Draws) -> None:
         self.num_draws, self.count = num_draws, 0
-        self.parts: Draws = {}
+        self.parts = {name: self._room(value) for name, value in none.items()}
+
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_empty((like.shape[0], self.num_draws, *like.shape[2:]))
 
     def add(self, draws: Draws) -> None:
         """Take in draws ``(chains, n, *shape)``."""
+        self.hand_on({name: v for name, v in draws.items() if name not in self.parts})
         n = 0
-        for name, value in draws.items():
-            n = value.shape[1]
-            if name not in self.parts:
-                shape = (value.shape[0], self.num_draws, *value.shape[2:])
-                self.parts[name] = value.new_empty(shape)
-            self.parts[name][:, self.count : self.count + n] = value
+        for name, room in self.parts.items():
+            n = draws[name].shape[1]
+            room[:, self.count : self.count + n] = draws[name]
         self.count += n
+
+    def hand_on(self, draws: Draws) -> None:
+        """Do with draws what is done with those that are not kept in memory."""
 
     def draws(self) -> Draws:
         """Return what there is."""
-        return {name: value[:, : self.count] for name, value in self.parts.items()}
+        return {name: room[:, : self.count] for name, room in self.parts.items()}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"count": self.count, "parts": {n: v.clone() for n, v in self.draws().items()}}
+        return {name: value.clone() for name, value in self.draws().items()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Draws) -> None:
         """From a checkpoint."""
-        self.count = 0
-        self.add(state["parts"])
-        self.count = state["count"]
+        self.parts, self.count = dict(state), next(iter(state.values())).shape[1]
+        self.extend(max(self.num_draws, self.count))
 
-    def room(self, num_draws: int) -> None:
-        """Make room for more draws."""
-        parts, self.parts = self.draws(), {}
-        self.num_draws, self.count = num_draws, 0
-        if parts:
-            self.add(parts)
+    def extend(self, num_draws: int) -> None:
+        """Make room for this many draws in all."""
+        old, self.num_draws = self.draws(), num_draws
+        self.parts = {name: self._room(value) for name, value in old.items()}
+        for name, value in old.items():
+            self.parts[name][:, : self.count] = value
 
 
 class Reduced(Memory):
     """Hands draws to a function and keeps the records of the sampler only."""
 
-    def __init__(self, num_draws: int, reduce: Callable[[Draws], None], stats: set[str]) -> None:
-        super().__init__(num_draws)
-        self.reduce, self.stats = reduce, stats
+    def __init__(
+        self, num_draws: int, none: Draws, stats: set[str], reduce: Callable[[Draws], None]
+    ) -> None:
+        super().__init__(num_draws, {name: v for name, v in none.items() if name in stats})
+        self.reduce = reduce
 
-    def add(self, draws: Draws) -> None:
-        """Take in draws ``(chains, n, *shape)``."""
-        self.reduce({name: v for name, v in draws.items() if name not in self.stats})
-        super().add({name: v for name, v in draws.items() if name in self.stats})
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        Memory.add(self, state["parts"])
+    def hand_on(self, draws: Draws) -> None:
+        self.reduce(draws)
 
 
-class Stream(Reduced):
-    """Appends draws to a Zarr store, with xarray; the records of the sampler stay in memory."""
+class Stream(Memory):
+    """Appends draws to a Zarr store, with xarray; the records of the sampler stay in memory.
 
-    def __init__(self, num_draws: int, path: Path, stats: set[str]) -> None:
-        try:
-            import zarr  # noqa: F401, PLC0415 - only who streams needs it
-        except ImportError as error:
-            raise ImportError(
-                "stream= needs zarr, an extra: pip install 'pyro-ebm[stream]'"
-            ) from error
-        super().__init__(num_draws, self._append, stats)
+    Raises:
+        ImportError: If zarr is not installed.
+    """
+
+    def __init__(self, num_draws: int, none: Draws, stats: set[str], path: Path) -> None:
+        if importlib.util.find_spec("zarr") is None:
+            raise ImportError("stream= needs zarr, an extra: pip install 'pyro-ebm[stream]'")
+        super().__init__(num_draws, {name: v for name, v in none.items() if name in stats})
         self.path = path
-        self.written = 0
 
-    def _append(self, draws: Draws) -> None:
-        import xarray as xr  # noqa: PLC0415
+    def hand_on(self, draws: Draws) -> None:
+        import xarray as xr  # noqa: PLC0415 - slow, and only who streams needs it
 
-        n = next(iter(draws.values())).shape[1]
-        start = self.written
-        variables = {
-            name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(v.dim() - 2))), v.cpu())
-            for name, v in draws.items()
-        }
-        data = xr.Dataset(variables, coords={"draw": range(start, start + n)})
-        kind = {"mode": "w"} if start == 0 else {"append_dim": "draw"}
-        data.to_zarr(self.path, consolidated=False, **kind)
-        self.written += n
+        variables: dict[Any, Any] = {"draw": self.count + torch.arange(_length(draws)).numpy()}
+        for name, value in draws.items():
+            axes = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.dim() - 2)))
+            variables[name] = axes, value.cpu().numpy()
+        data = xr.Dataset(variables)
+        if self.count:
+            data.to_zarr(self.path, consolidated=False, append_dim="draw")
+        else:
+            data.to_zarr(self.path, consolidated=False, mode="w")
+
+    def restore(self, state: Draws) -> None:
+        """From a checkpoint: what was appended after it was saved is cut off."""
+        super().restore(state)
+        if not self.count:
+            return
+        import zarr  # noqa: PLC0415
+
+        for name, array in zarr.open_group(str(self.path), mode="r+").arrays():
+            shape = array.shape
+            cut = (self.count,) if name == "draw" else (shape[0], self.count, *shape[2:])
+            array.resize(cut)
+
+
+def _length(draws: Draws) -> int:
+    return next(iter(draws.values())).shape[1]
 
 
 class Progress:

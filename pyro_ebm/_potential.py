@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.distributions import MaskedDistribution
+from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -21,14 +23,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm._short_run import unconstrained
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
-from pyro_ebm.energy import Energy, describe
+from pyro_ebm.energy import Energy, describe, differentiable
 from pyro_ebm.flat import Flat
 
-TRIES = 100
-"""How often a starting point is drawn anew where the energy or its gradient is not finite."""
 
-RADIUS = 2.0
-"""Pyro's ``init_to_uniform`` starts within this distance of 0, in unconstrained space."""
+class SamplingError(RuntimeError):
+    """An energy failed; what was drawn until then is kept."""
 
 
 class Site(NamedTuple):
@@ -44,7 +44,8 @@ class Potential(NamedTuple):
 
     ``like`` is an empty tensor with the type and device of points; ``model`` and its arguments
     are what Pyro's strategies for starting points run. ``tempered`` maps points and inverse
-    temperatures to energies; ``name`` names the energy in messages.
+    temperatures to energies; ``name`` names the energy in messages. ``check`` refuses a target
+    that is wrong, or random, at points: all checks are made there, and none later.
     """
 
     energy: Energy
@@ -54,6 +55,7 @@ class Potential(NamedTuple):
     tempered: Callable[[Tensor, Tensor], Tensor] | None
     name: str
     owner: Any
+    check: Callable[[Tensor], None] = lambda z: None
 
     @property
     def num_dims(self) -> int:
@@ -66,6 +68,8 @@ class Potential(NamedTuple):
 
     def flatten(self, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
         """Join unconstrained values of sites, ``(num_chains, *free_shape)``, to flat points.
+
+        They are of the widest type among those of the values and that of the target.
 
         Raises:
             KeyError: If a site is missing or unknown.
@@ -101,14 +105,14 @@ def _checked(name: str, value: Tensor, site: Site, num_chains: int, like: Tensor
         raise TypeError(f"{what} must be of real floating point, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{what} must be on the device {like.device}, got {value.device}")
-    value = value.detach().to(like.dtype)
+    value = value.detach().to(torch.promote_types(like.dtype, _promoted(value.dtype)))
     expected = (num_chains, *site.free_shape)
     if num_chains == 1 and value.shape == site.free_shape:
         value = value.unsqueeze(0)
     if value.shape != expected:
         raise ValueError(f"{what} must have the shape {expected}, got {tuple(value.shape)}")
     if not value.isfinite().all():
-        bad = (~value.isfinite()).flatten(1).any(-1).nonzero()[0].item()
+        bad = int((~value.isfinite()).flatten(1).any(-1).nonzero()[0])
         raise ValueError(f"{what} must be finite, got {value[bad].tolist()} for chain {bad}")
     return value
 
@@ -144,7 +148,7 @@ def _of_distribution(d: GibbsBoltzmann) -> Potential:
     lean = _lean(d)
 
     def pulled(part: Energy) -> Energy:
-        inner = unconstrained(part, transform, d.event_dim)
+        inner = unconstrained(part, transform, len(shape))
         return lambda z: inner(z.reshape((*z.shape[:-1], *free)))
 
     def total(x: Tensor) -> Tensor:
@@ -160,8 +164,39 @@ def _of_distribution(d: GibbsBoltzmann) -> Potential:
 
         return pulled(at)(z)
 
+    def check(z: Tensor) -> None:
+        _check_distribution(d, transform(z.reshape((-1, *free))))
+
     model = lambda: pyro.sample("x", d)
-    return Potential(pulled(total), sites, like, model, tempered, describe(d.energy), d.energy)
+    name, owner = describe(d.energy), d.energy
+    return Potential(pulled(total), sites, like, model, tempered, name, owner, check)
+
+
+def _check_distribution(d: GibbsBoltzmann, x: Tensor) -> None:
+    """Evaluate an energy with all checks, and again: it must be one real number per point."""
+    name, strict = describe(d.energy), copy.copy(d)
+    strict._validate_args = True
+    with differentiable():
+        try:
+            with d._binding.active():
+                d.energy(x.detach().clone())
+        except torch.linalg.LinAlgError:  # as outside of the region where a matrix has a factor
+            for half in x.chunk(2) if len(x) > 1 else ():
+                _check_distribution(d, half)
+            return
+        except Exception as error:
+            kind = type(error).__name__
+            raise SamplingError(f"{name} raised {kind} at its first call: {error}") from error
+        first, again = (strict.potential(x.detach().clone()).detach() for _ in range(2))
+    _check_same(name, first, again)
+
+
+def _check_same(name: str, first: Tensor, again: Tensor) -> None:
+    if not torch.allclose(first, again, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise ValueError(
+            f"{name} must give a point the same energy at each call, got {first.flatten()[0]} and "
+            f"{again.flatten()[0]}: it is random (dropout, noise)"
+        )
 
 
 def _lean(d: GibbsBoltzmann) -> Energy:
@@ -239,17 +274,10 @@ def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
             "target must use all of its data: a plate subsamples, and a Markov chain on a "
             "changing subset does not have the posterior as its law; leave subsample_size out"
         ) from error
-    sites = {}
-    for name, inverse in inverses.items():
-        value = trace.nodes[name]["value"]
-        free = torch.Size(inverse.inv.inverse_shape(value.shape))
-        sites[name] = Site(value.shape, free, inverse.inv)
-    if not sites:
-        raise ValueError("target must have at least one continuous latent site, got none")
+    _check_data(trace)
+    sites = _sites(trace, inverses)
     like = torch.cat([trace.nodes[n]["value"].detach().flatten() for n in sites])[:0]
-    if not all(site.shape.numel() for site in sites.values()):
-        empty = [name for name, site in sites.items() if not site.shape.numel()]
-        raise ValueError(f"target must have components at every site, got none at {empty}")
+    like = like.to(_promoted(like.dtype))
 
     def single(z: Tensor) -> Tensor:
         return potential(split(sites, z)).reshape(())
@@ -260,7 +288,44 @@ def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
 
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
     energy, tempered = _Batched(single), _Batched(tempered_single)
-    return Potential(energy, sites, like, bound, tempered, name, model)
+
+    def check(z: Tensor) -> None:
+        for chain in {0, len(z) - 1}:
+            with contextlib.suppress(torch.linalg.LinAlgError), quiet(), torch.no_grad():
+                _check_same(name, single(z[chain]), single(z[chain]))
+
+    return Potential(energy, sites, like, bound, tempered, name, model, check)
+
+
+def _sites(trace: poutine.Trace, inverses: Mapping[str, Transform]) -> dict[str, Site]:
+    """Return the latent sites of a model, which are to be neither missing nor empty."""
+    sites = {}
+    for name, inverse in inverses.items():
+        value = trace.nodes[name]["value"]
+        free = torch.Size(inverse.inv.inverse_shape(value.shape))
+        sites[name] = Site(value.shape, free, inverse.inv)
+    if not sites:
+        raise ValueError("target must have at least one continuous latent site, got none")
+    empty = [name for name, site in sites.items() if not site.shape.numel()]
+    if empty:
+        raise ValueError(f"target must have components at every site, got none at {empty}")
+    return sites
+
+
+def _check_data(trace: poutine.Trace) -> None:
+    """Refuse data outside of their distribution's support, such as NaN."""
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"] or node["mask"] is not None:
+            continue
+        fn = node["fn"]
+        if isinstance(fn, MaskedDistribution) or not hasattr(fn, "_validate_sample"):
+            continue
+        try:
+            fn._validate_sample(node["value"])
+        except NotImplementedError:  # no support is declared
+            continue
+        except ValueError as error:
+            raise ValueError(f"site {name!r} must have data that are possible: {error}") from error
 
 
 @contextlib.contextmanager
@@ -308,12 +373,19 @@ class _Batched:
         plain = tuple(p.detach().clone() for p in parts)
         try:
             with quiet(), torch.no_grad():
-                one = make_fx(self.single)(*(p[0] for p in plain))
-                with contextlib.suppress(RuntimeError):
-                    return make_fx(torch.func.vmap(one))(*plain)
-                # vmap refuses writes in place: turn them into values first
-                one = make_fx(torch.func.functionalize(one))(*(p[0] for p in plain))
-                return make_fx(torch.func.vmap(one))(*plain)
+                first = tuple(p[0] for p in plain)
+                one = make_fx(self.single)(*first)
+                try:
+                    graph = make_fx(torch.func.vmap(one))(*plain)
+                except RuntimeError:  # vmap refuses writes in place: turn them into values first
+                    one = make_fx(torch.func.functionalize(one))(*first)
+                    graph = make_fx(torch.func.vmap(one))(*plain)
+                for chain in (0, -1):
+                    want = self.single(*(p[chain] for p in plain))
+                    torch.testing.assert_close(
+                        graph(*plain)[chain], want, rtol=1e-3, atol=1e-3, equal_nan=True
+                    )
+                return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             warnings.warn(
@@ -322,69 +394,3 @@ class _Batched:
                 stacklevel=2,
             )
             return None
-
-
-# Starting points -------------------------------------------------------------------------------
-
-
-def starts(target: Potential, num_chains: int, strategy: Callable[..., Any] | None) -> Tensor:
-    """Draw starting points, ``(num_chains, D)``, by one of Pyro's strategies."""
-    if strategy is None or strategy is init_to_uniform:
-        z = torch.rand(num_chains, target.num_dims, dtype=target.like.dtype)
-        return (RADIUS * (2.0 * z - 1.0)).to(target.like.device)
-    points = []
-    with quiet():
-        model = InitMessenger(strategy)(target.model)
-        for _ in range(num_chains):
-            trace = poutine.trace(model).get_trace()
-            values = {n: trace.nodes[n]["value"].detach()[None] for n in target.sites}
-            parts = [s.transform.inv(values[n]).reshape(-1) for n, s in target.sites.items()]
-            points.append(torch.cat(parts).to(target.like))
-    return torch.stack(points)
-
-
-def find_starts(
-    target: Potential,
-    engine: Any,
-    num_chains: int,
-    strategy: Callable[..., Any] | None,
-    given: Tensor | None,
-    first: int,
-) -> Tensor:
-    """Return starting points of finite energy and gradient, drawn anew where they are not.
-
-    Raises:
-        ValueError: If a given point, or after many tries a drawn one, has no finite energy, or
-            one of minus infinity; the chain is named (the first of these is number ``first``).
-    """
-    z = starts(target, num_chains, strategy) if given is None else given
-    for attempt in range(TRIES):
-        value, grad = engine.gradient(z)
-        bad = ~(value.isfinite() & grad.isfinite().all(-1))
-        pit = value == -torch.inf
-        if not bool(bad.any()):
-            return z
-        if given is not None or bool(pit.any()) or attempt == TRIES - 1:
-            break
-        z = torch.where(bad.unsqueeze(-1), starts(target, num_chains, strategy), z)
-    which = pit if bool(pit.any()) else bad
-    chain = int(which.nonzero()[0])
-    got, x = value[chain].item(), target.constrain(z[chain])
-    at = ", ".join(f"{name} = {_short(v)}" for name, v in x.items())
-    rule = "bounded below" if got == -torch.inf else "finite"
-    what = (
-        f"its gradient is {_short(grad[chain])}"
-        if which[chain] and value[chain].isfinite()
-        else (f"got {got}")
-    )
-    tries = "" if given is not None or bool(pit.any()) else f" after {TRIES} tries"
-    raise ValueError(
-        f"{target.name} must be {rule} at the initial point of every chain, {what} for chain "
-        f"{first + chain}{tries}, at {at}"
-    )
-
-
-def _short(x: Tensor) -> str:
-    flat = x.detach().flatten()
-    text = ", ".join(f"{v:.4g}" for v in flat[:4].tolist()) + (", ..." if len(flat) > 4 else "")
-    return text if x.dim() == 0 else f"[{text}]"

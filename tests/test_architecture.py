@@ -16,8 +16,9 @@ LAYERS = [
     {"_short_run"},
     {"distribution"},
     {"_audit", "_engine", "_potential", "adaptation", "factor_graph", "free_energy", "minimize"},
-    {"partition", "sampling", "zoo"},
+    {"_starts", "partition", "sampling", "zoo"},
     {"checkpoint", "diagnostics"},
+    {"_results", "_run"},
     {"infer"},
     {""},  # the package itself, which gathers the public names
     {"_job"},  # what the command line does

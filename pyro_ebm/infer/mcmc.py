@@ -8,34 +8,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyro
 import torch
 from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_ebm import checkpoint as files
-from pyro_ebm._arviz import convergence_warnings
 from pyro_ebm._audit import inspect_sites
 from pyro_ebm._binding import evaluating
-from pyro_ebm._engine import make_engine
+from pyro_ebm._engine import Eager, make_engine
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
-from pyro_ebm._keep import Memory, Progress, Reduced, Stream
-from pyro_ebm._potential import Potential, find_starts, potential_of
-from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
+from pyro_ebm._keep import Reduced, Stream
+from pyro_ebm._potential import Potential, SamplingError, potential_of
+from pyro_ebm._results import diagnose, end_warnings, table, warn
+from pyro_ebm._run import Plan, Run
+from pyro_ebm._starts import find_starts
+from pyro_ebm.diagnostics import to_arviz
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.infer.base import Sampler
 from pyro_ebm.kernels.base import Kernel
-from pyro_ebm.sampling import ROWS, STATS, Block, Chains
+from pyro_ebm.sampling import STATS, Block, Chains
 from pyro_ebm.sampling import Stream as RandomStream
 
-SAVING = 0.05
-"""The share of a run's time that may go into checkpoints."""
+__all__ = ["MCMC", "SamplingError"]
 
-
-class SamplingError(RuntimeError):
-    """An energy failed in the middle of a run; the draws until then are kept."""
+BACKENDS = ("auto", "eager", "traced", "compiled")
 
 
 class MCMC:
@@ -52,10 +47,11 @@ class MCMC:
         warmup_steps: The moves of warm-up; by default as many as draws.
         initial_params: Starting points in unconstrained space, by site, as in Pyro: of shape
             ``(num_chains, *shape)``. By default they are drawn by the kernel's ``init_strategy``.
+            If they are of float64, so is the run.
         num_chains: The number of chains.
         disable_progbar: Whether to show no progress.
         thin: Of every ``thin`` draws one is kept.
-        stream: A Zarr store to which draws are appended as they come, instead of into memory.
+        stream: A new Zarr store to which draws are appended as they come, instead of into memory.
         reduce: A function that gets draws as they come, ``{site: (chains, n, *shape)}``, instead
             of keeping them.
         checkpoint: A file from which a run that was killed goes on, and to which it is saved.
@@ -81,7 +77,7 @@ class MCMC:
         True
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Pyro's arguments, and what Pyro leaves to the user
         self,
         kernel: Sampler,
         num_samples: int,
@@ -103,11 +99,16 @@ class MCMC:
             got = type(kernel).__name__
             raise TypeError(f"kernel must be ebm.NUTS, HMC, ChEES, MALA or Tempered, got {got}")
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        _check_counts(num_samples, warmup_steps, num_chains, thin, block_size or 1)
-        if backend not in ("auto", "eager", "traced", "compiled"):
-            raise ValueError(
-                f"backend must be 'auto', 'eager', 'traced' or 'compiled', got {backend!r}"
-            )
+        size = num_chains if block_size is None else block_size
+        _check_counts(
+            num_samples=(num_samples, 1),
+            warmup_steps=(warmup_steps, 0),
+            num_chains=(num_chains, 1),
+            thin=(thin, 1),
+            block_size=(size, 1),
+        )
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         if stream is not None and reduce is not None:
             raise ValueError("stream and reduce must not both be given, got both")
         self.kernel, self.num_samples, self.warmup_steps = kernel, num_samples, warmup_steps
@@ -115,17 +116,12 @@ class MCMC:
         self.disable_progbar, self.thin = disable_progbar, thin
         self.stream, self.reduce = stream, reduce
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
-        size = block_size or num_chains
-        self.sizes = {i: min(size, num_chains - i * size) for i in range(-(-num_chains // size))}
-        if blocks is not None:
-            if not set(blocks) <= set(self.sizes):
-                raise ValueError(f"blocks must be among {list(self.sizes)}, got {blocks}")
-            self.sizes = {i: self.sizes[i] for i in blocks}
+        self.blocks = _cut(num_chains, size, blocks)
         self.warm, self.backend = warm, backend
         self.transforms: dict[str, Any] | None = None
         self._args: tuple = ()
         self._kwargs: dict[str, Any] = {}
-        self._sink: Memory | None = None
+        self._state: Run | None = None
 
     # Running ------------------------------------------------------------------------------------
 
@@ -138,21 +134,20 @@ class MCMC:
 
         Raises:
             UnnormalizedError: If a missing log Z would make the result wrong.
-            SamplingError: If the energy raises in the middle; what was drawn is kept.
+            SamplingError: If the energy raises; what was drawn is kept.
             ValueError: If a chain's starting point has no finite energy, or an energy is minus
-                infinity.
+                infinity; what was drawn is kept.
+            CheckpointError: If the checkpoint is damaged or of another run.
         """
         self._args, self._kwargs = args, kwargs
-        self._seed = int(torch.randint(2**62, ()).item())
-        self._audit()
-        potential = potential_of(self.kernel.target, args, kwargs)
-        self._potential = potential
-        self.transforms = {n: site.transform.inv for n, site in potential.sites.items()}
-        with evaluating(potential.owner):
-            self._prepare(potential)
-            if self.checkpoint is not None and self.checkpoint.exists():
-                self._resume()
-            self._go()
+        seed = int(torch.randint(2**62, ()).item())
+        with torch.inference_mode(False):
+            self._audit()
+            potential = potential_of(self.kernel.target, args, kwargs)
+            self.transforms = {n: site.transform.inv for n, site in potential.sites.items()}
+            with evaluating(potential.owner):
+                self._state = self._prepare(potential, seed)
+            self._go(self._state)
 
     def extend(self, num_samples: int) -> None:
         """Draw more, going on where the run ended: the same bits as in one run.
@@ -163,13 +158,20 @@ class MCMC:
         Raises:
             ValueError: If there is no run to go on with.
         """
-        if self._sink is None:
-            raise ValueError("mcmc must have run before it is extended: call mcmc.run(...)")
-        _check_counts(num_samples, 0, 1, 1, 1)
-        self.num_samples = self._sink.count + num_samples
-        self._sink.room(self.num_samples)
-        with evaluating(self._potential.owner):
-            self._go()
+        _check_counts(num_samples=(num_samples, 1))
+        run = self._finished()
+        run.extend(num_samples)
+        with torch.inference_mode(False):
+            self._go(run)
+
+    def _go(self, run: Run) -> None:
+        try:
+            with evaluating(run.potential.owner):
+                done = run.go(self.disable_progbar)
+        finally:
+            self.num_samples = run.plan.num_samples
+        if done:
+            warn(end_warnings(run.potential.name, self._draws(), self.sample_stats), 3)
 
     @property
     def model(self) -> Callable[..., Any] | None:
@@ -187,248 +189,79 @@ class MCMC:
             if finding.kind == "control":
                 warnings.warn(finding.message, UnnormalizedWarning, stacklevel=3)
 
-    def _prepare(self, potential: Potential) -> None:
-        """Find starting points and set up chains."""
+    def _prepare(self, potential: Potential, seed: int) -> Run:
+        """Set up chains at their starting points, and where their draws go."""
         clock = time.perf_counter()
-        num = sum(self.sizes.values())
-        streams = [RandomStream(self._seed, i, potential.like.device) for i in self.sizes]
-        self._engine = make_engine(potential, self.backend, list(self.sizes.values()))
-        points = []
+        streams = {i: RandomStream(seed, i, potential.like.device) for i in self.blocks}
         given = None
         if self.initial_params is not None:
-            given = potential.flatten(self.initial_params, num).split(list(self.sizes.values()))
-        first = 0
-        for k, (size, stream) in enumerate(zip(self.sizes.values(), streams, strict=True)):
-            with stream.active():
-                z = given[k] if given else None
+            given = potential.flatten(self.initial_params, self.num_chains)
+            potential = potential._replace(like=potential.like.to(given.dtype))
+        eager, points = Eager(potential.energy), {}
+        for i, chains in self.blocks.items():
+            with streams[i].active():
+                at = None if given is None else given[chains.start : chains.stop]
                 strategy = self.kernel.init_strategy
-                points.append(find_starts(potential, self._engine, size, strategy, z, first))
-            first += size
-        like = points[0][0]
-        warmup = self.kernel.warmup(self.warmup_steps, like)
+                points[i] = find_starts(potential, eager, chains, strategy, at)
+        engine = make_engine(potential, self.backend, next(iter(points.values())))
+        warmup = self.kernel.warmup(self.warmup_steps, next(iter(points.values()))[0])
         if self.warm is not None:
             warmup.hand_on(self.warm)
-        move = self.kernel.move
-        self._engine.prepare(move, points[0], warmup)
+        move = self.kernel.move_on(potential)
         width = potential.num_dims + len(STATS) + len(move.extra)
-        blocks = [
-            Block(stream, move.start(self._engine, z), width)
-            for stream, z in zip(streams, points, strict=True)
-        ]
-        self._chains = Chains(move, self._engine, warmup, blocks)
-        self._stats = (*STATS, *move.extra)
-        keep = set(self._stats)
+        blocks = [Block(streams[i], move.start(engine, z, warmup.adapted), width) for i, z in points.items()]
+        self._warn_flat(potential, blocks)
+        settings = self._settings(potential)
+        plan = Plan(self.num_samples, self.warmup_steps, self.thin, self.checkpoint, settings)
+        run = Run(potential, Chains(move, engine, warmup, blocks), plan)
+        self._direct(run)
+        run.times = {"start_s": time.perf_counter() - clock - engine.compile_s, **run.times}
+        if self.checkpoint is not None and self.checkpoint.exists():
+            run.resume(self.checkpoint)
+        return run
+
+    def _warn_flat(self, potential: Potential, blocks: list[Block]) -> None:
+        grads = [getattr(block.state, "grad", None) for block in blocks]
+        if all(grad is not None and not bool(grad.any()) for grad in grads):
+            message = (
+                f"Zero gradient: that of {potential.name} is zero at the starting points of all "
+                "chains. They diffuse without direction, and run away if it is zero everywhere."
+            )
+            warn(iter([message]), 4)
+
+    def _direct(self, run: Run) -> None:
+        """Choose where draws go, if not into memory."""
+        num, stats = self.num_samples, set(run.stats)
         if self.stream is not None:
-            self._sink = Stream(self.num_samples, Path(self.stream), keep)
+            path = Path(self.stream)
+            if path.exists() and not (self.checkpoint is not None and self.checkpoint.exists()):
+                raise FileExistsError(f"stream must be a new store, {path} is there already")
+            run.sink = Stream(num, run.none, stats, path)
         elif self.reduce is not None:
-            self._sink = Reduced(self.num_samples, self.reduce, keep)
-        else:
-            self._sink = Memory(self.num_samples)
-        self._progress, self._skip = Progress(), 0
-        self._times = {
-            "compile_s": time.perf_counter() - clock,
-            "warmup_s": 0.0,
-            "sampling_s": 0.0,
-        }
-        self._spent = {"warmup": 0, "sampling": 0}
-        self._saved_at, self._save_cost = time.perf_counter(), 0.0
+            run.sink = Reduced(num, run.none, stats, self.reduce)
 
-    def _go(self) -> None:
-        """Warm up and draw until there is what was asked for; keep what there is at a stop."""
-        chains, sink = self._chains, self._sink
-        assert sink is not None
-        total = self.warmup_steps + self.num_samples
-        bar = tqdm(
-            total=total, disable=self.disable_progbar, initial=chains.warmup.count + sink.count
-        )
-        warned: BaseException | None = None
-        try:
-            with bar:
-                self._warm(bar)
-                self._draw(bar)
-        except KeyboardInterrupt as stop:
-            warned = stop
-        except Exception as error:
-            where = self._where()
-            self._collect_rest()
-            raise SamplingError(
-                f"{self._potential.name} raised {type(error).__name__} at {where}; the "
-                f"{sink.count} finished draws of each chain are kept: {error}"
-            ) from error
-        if warned is not None:
-            where = self._where()
-            self._collect_rest()
-            warnings.warn(
-                f"interrupted at {where}; {sink.count} draws of each chain are kept",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
-            return
-        self._save(force=True)
-        self._say_warnings()
-
-    def _where(self) -> str:
-        warmup = self._chains.warmup
-        if warmup.count < warmup.num:
-            return f"move {warmup.count + 1} of {warmup.num} of warm-up"
-        assert self._sink is not None
-        waiting = min(int(b.counts.min()) for b in self._chains.blocks)
-        draw = self._sink.count * self.thin + waiting + 1
-        return f"draw {draw} of {self.num_samples * self.thin}"
-
-    def _warm(self, bar: tqdm) -> None:
-        chains, clock = self._chains, time.perf_counter()
-        before = self._engine.executed
-        while chains.warmup.count < chains.warmup.num:
-            info = chains.warm()
-            self._spent["warmup"] += int(info.num_steps.sum())
-            bar.update()
-            if chains.warmup.count % 10 == 0:
-                self._check(bool(info.unbounded.any()))
-                step = float(chains.warmup.adapted.step_size.mean())
-                accept = float(info.accept_prob.mean())
-                bar.set_postfix_str(f"warm-up, acceptance {accept:.2f}, step {step:.3g}", False)
-                self._save()
-        self._times["warmup_s"] += time.perf_counter() - clock
-        self._executed_before = self._engine.executed
-        self._warmup_executed = self._engine.executed - before
-
-    def _draw(self, bar: tqdm) -> None:
-        sink, clock = self._sink, time.perf_counter()
-        assert sink is not None
-        while sink.count < self.num_samples:
-            left = (self.num_samples - sink.count) * self.thin - self._skip
-            chunk = min(ROWS, left)
-            rows = self._chains.draw(chunk)
-            kept = self._take(rows)
-            bar.update(kept)
-            self._times["sampling_s"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            bar.set_postfix_str(self._status(), False)
-            self._save()
-
-    def _take(self, rows: Tensor) -> int:
-        """Keep what thinning leaves of rows ``(chains, n, D + stats)``."""
-        potential, sink = self._potential, self._sink
-        assert sink is not None
-        d = potential.num_dims
-        stats = dict(zip(self._stats, rows[..., d:].unbind(-1), strict=True))
-        self._count_stats(stats)
-        at = (self.thin - 1 - self._skip) % self.thin
-        self._skip = (self._skip + rows.shape[1]) % self.thin
-        rows = rows[:, at :: self.thin]
-        if not rows.shape[1]:
-            return 0
-        stats = dict(zip(self._stats, rows[..., d:].unbind(-1), strict=True))
-        z = rows[..., :d]
-        self._progress.add(z)
-        with torch.no_grad(), pyro.validation_enabled(False):
-            draws = potential.constrain(z)
-        whole = ("n_steps", "tree_depth")
-        flags = ("diverging", "invalid", "reached_max_treedepth", "unbounded")
-        for name, value in stats.items():
-            kind = torch.long if name in whole else torch.bool if name in flags else value.dtype
-            draws[name] = value.to(kind)
-        sink.add(draws)
-        return rows.shape[1]
-
-    def _count_stats(self, stats: dict[str, Tensor]) -> None:
-        self._spent["sampling"] += int(stats["n_steps"].sum())
-        self._check(bool(stats["unbounded"].any()))
-
-    def _check(self, unbounded: bool) -> None:
-        if unbounded:
-            raise ValueError(
-                f"{self._potential.name} must be bounded below, got -inf: that is no density"
-            )
-
-    def _collect_rest(self) -> None:
-        """Keep rows that were drawn and not yet handed on."""
-        blocks = self._chains.blocks
-        sink = self._sink
-        assert sink is not None
-        waiting = min(int(block.counts.min()) for block in blocks)
-        waiting = min(waiting, (self.num_samples - sink.count) * self.thin - self._skip)
-        if waiting > 0:
-            self._take(torch.cat([block.take(waiting) for block in blocks]))
-
-    def _status(self) -> str:
-        assert self._sink is not None
-        records = self._sink.draws()
-        accept = float(records["acceptance_rate"][:, -ROWS:].mean())
-        diverging = int(records["diverging"].sum())
-        r_hat = self._progress.r_hat()
-        step = float(records["step_size"][:, -1].mean())
-        return (
-            f"acceptance {accept:.2f}, step {step:.3g}, divergences {diverging}, "
-            f"R-hat so far {r_hat:.3f}"
-        )
-
-    # Checkpoints --------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        sites = {n: list(site.shape) for n, site in self._potential.sites.items()}
+    def _settings(self, potential: Potential) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
         return {
             **self.kernel.settings(),
-            "sites": sites,
-            "dtype": str(self._potential.like.dtype),
+            "sites": {n: list(site.shape) for n, site in potential.sites.items()},
+            "dtype": str(potential.like.dtype),
             "warmup_steps": self.warmup_steps,
-            "blocks": {str(i): n for i, n in self.sizes.items()},
+            "blocks": {str(i): len(chains) for i, chains in self.blocks.items()},
             "thin": self.thin,
+            "draws": "stream" if self.stream else "reduce" if self.reduce else "memory",
         }
-
-    def _save(self, force: bool = False) -> None:
-        if self.checkpoint is None:
-            return
-        now = time.perf_counter()
-        if not force and now - self._saved_at < self._save_cost / SAVING:
-            return
-        assert self._sink is not None
-        state = {
-            "settings": self._settings(),
-            "seed": self._seed,
-            "chains": self._chains.state(),
-            "sink": self._sink.state(),
-            "skip": self._skip,
-            "times": dict(self._times),
-            "spent": dict(self._spent),
-        }
-        files.save(self.checkpoint, state)
-        self._saved_at = time.perf_counter()
-        self._save_cost = self._saved_at - now
-
-    def _resume(self) -> None:
-        assert self.checkpoint is not None
-        assert self._sink is not None
-        state = files.load(self.checkpoint)
-        ours, theirs = self._settings(), state["settings"]
-        different = [name for name in ours if ours[name] != theirs.get(name)]
-        if different:
-            name = different[0]
-            raise files.CheckpointError(
-                f"checkpoint {self.checkpoint} must be of the same run: its {name} is "
-                f"{theirs.get(name)!r}, this run's is {ours[name]!r}; choose another file"
-            )
-        self._seed, self._skip = state["seed"], state["skip"]
-        self._chains.restore(state["chains"])
-        self._sink.restore(state["sink"])
-        self._times, self._spent = state["times"], state["spent"]
-        if self._sink.count > self.num_samples:
-            self._sink.count = self.num_samples
 
     # Results ------------------------------------------------------------------------------------
 
-    @property
-    def _samples(self) -> dict[str, Tensor] | None:
-        if self._sink is None:
-            return None
-        draws = self._sink.draws()
-        return {n: draws[n] for n in self._potential.sites if n in draws}
-
-    def _finished(self) -> dict[str, Tensor]:
-        if self._samples is None:
+    def _finished(self) -> Run:
+        if self._state is None:
             raise ValueError("mcmc must have run: call mcmc.run(...) first")
-        return self._samples
+        return self._state
+
+    def _draws(self) -> dict[str, Tensor]:
+        run = self._finished()
+        return {n: v for n, v in run.sink.draws().items() if n in run.potential.sites}
 
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False
@@ -445,33 +278,30 @@ class MCMC:
         Raises:
             ValueError: If the run has not begun.
         """
-        return select_samples(self._finished(), num_samples, group_by_chain)
+        return select_samples(self._draws(), num_samples, group_by_chain)
 
     @property
     def sample_stats(self) -> dict[str, Tensor]:
         """The records of the sampler by name, ``(chains, draws)``."""
-        self._finished()
-        assert self._sink is not None
-        draws = self._sink.draws()
-        hidden = ("unbounded",)
-        return {n: draws[n] for n in self._stats if n in draws and n not in hidden}
+        run = self._finished()
+        draws = run.sink.draws()
+        return {n: draws[n] for n in run.stats if n != "unbounded"}
 
     @property
     def adapted(self) -> Any:
         """What warm-up found: step size, metric, number of steps; for ``warm=`` of other runs."""
-        self._finished()
-        return self._chains.warmup.adapted
+        return self._finished().chains.warmup.adapted
 
     @property
     def cost(self) -> dict[str, float]:
         """Seconds of each phase, and gradients: needed by the draws, and executed."""
-        self._finished()
-        executed = self._engine.executed - getattr(self, "_executed_before", 0)
+        run = self._finished()
         return {
-            **self._times,
-            "warmup_gradients": self._spent["warmup"],
-            "sampling_gradients": self._spent["sampling"],
-            "executed_gradients": executed,
+            **run.times,
+            "compile_s": run.chains.engine.compile_s,
+            "warmup_gradients": run.needed["warmup"],
+            "sampling_gradients": run.needed["sampling"],
+            "executed_gradients": run.executed["sampling"],
         }
 
     def make_kernel(self, energy: Callable[..., Tensor]) -> Kernel:
@@ -487,28 +317,7 @@ class MCMC:
 
     def diagnostics(self) -> dict[str, Any]:
         """Return ``n_eff`` and ``r_hat`` by site, divergences and acceptance rates by chain."""
-        import arviz as az  # noqa: PLC0415 - slower to import than torch
-
-        found: dict[str, Any] = {}
-        for name, value in self._finished().items():
-            x = (
-                value.detach().cpu().double().flatten(2).numpy()
-                if value.dim() > 2
-                else (value.detach().cpu().double().unsqueeze(-1).numpy())
-            )
-            shape = value.shape[2:]
-            ess = torch.tensor([float(az.ess(x[..., i])) for i in range(x.shape[-1])])
-            r_hat = torch.tensor([float(az.rhat(x[..., i])) for i in range(x.shape[-1])])
-            found[name] = {"n_eff": ess.reshape(shape), "r_hat": r_hat.reshape(shape)}
-        stats = self.sample_stats
-        found["divergences"] = {
-            f"chain {i}": chain.nonzero()[:, 0].tolist()
-            for i, chain in enumerate(stats["diverging"])
-        }
-        found["acceptance rate"] = {
-            f"chain {i}": float(chain.mean()) for i, chain in enumerate(stats["acceptance_rate"])
-        }
-        return found
+        return diagnose(self._draws(), self.sample_stats)
 
     def summary(self, prob: float = 0.9) -> Any:
         """Print and return ArviZ's table of the posterior.
@@ -516,59 +325,26 @@ class MCMC:
         Args:
             prob: The mass of the highest-density interval.
         """
-        import arviz as az  # noqa: PLC0415
-
-        table = az.summary(
-            {n: v.cpu().numpy() for n, v in self._finished().items()}, hdi_prob=prob
-        )
-        print(table)
+        found = table(self._draws(), prob)
+        print(found)
         print(f"Number of divergences: {int(self.sample_stats['diverging'].sum())}")
-        return table
-
-    def _say_warnings(self) -> None:
-        """Warn by name of what makes the draws unfit for use."""
-        sink = self._sink
-        assert sink is not None
-        draws = {n: v for n, v in self._finished().items()}
-        stats = self.sample_stats
-        invalid = stats["invalid"].sum(-1)
-        if bool(invalid.any()):
-            worst = int(invalid.argmax())
-            warnings.warn(
-                f"NaN energies ended {int(invalid.sum())} trajectories, most of them "
-                f"({int(invalid[worst])}) in chain {worst}; they were rejected",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        groups = {
-            "posterior": {n: _for_warnings(v) for n, v in draws.items()},
-            "sample_stats": {n: v.cpu().numpy() for n, v in stats.items()},
-        }
-        if not groups["posterior"]:
-            return
-        from pyro_ebm._arviz import to_inference_data  # noqa: PLC0415
-
-        for message in convergence_warnings(to_inference_data(groups)):
-            warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        return found
 
 
-def _for_warnings(value: Tensor) -> np.ndarray:
-    """Look at 1,000 components at most."""
-    flat = value.detach().flatten(2) if value.dim() > 3 else value.detach()
-    if flat.dim() > 2 and flat.shape[-1] > 1000:
-        flat = flat[..., :: -(-flat.shape[-1] // 1000)]
-    return flat.cpu().numpy()
+def _cut(num_chains: int, size: int, chosen: list[int] | None) -> dict[int, range]:
+    """Return the chains of each block that is to run."""
+    starts = range(0, num_chains, size)
+    cut = {i: range(first, min(first + size, num_chains)) for i, first in enumerate(starts)}
+    if chosen is None:
+        return cut
+    if not chosen or not set(chosen) <= set(cut):
+        raise ValueError(f"blocks must be among {list(cut)}, got {chosen}")
+    return {i: cut[i] for i in chosen}
 
 
-def _check_counts(num_samples: int, warmup: int, num_chains: int, thin: int, size: int) -> None:
-    least = (
-        ("num_samples", num_samples, 1),
-        ("warmup_steps", warmup, 0),
-        ("num_chains", num_chains, 1),
-        ("thin", thin, 1),
-        ("block_size", size, 1),
-    )
-    for name, value, low in least:
+def _check_counts(**least: tuple[int, int]) -> None:
+    """Refuse numbers that are not whole, or less than they must be."""
+    for name, (value, low) in least.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < low:

@@ -1,0 +1,95 @@
+"""What is said of draws at the end of a run: warnings by name, diagnostics, a table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_ebm._arviz import _import_arviz, to_inference_data
+from pyro_ebm.diagnostics import ConvergenceWarning, convergence_warnings
+
+Draws = dict[str, Tensor]
+
+LOOKED_AT = 1000
+"""Warnings look at this many components of a site at most."""
+
+
+def end_warnings(name: str, draws: Draws, stats: Draws) -> Iterator[str]:
+    """Say what makes draws unfit for use.
+
+    Args:
+        name: The name of the energy.
+        draws: Draws by site, ``(chains, draws, *shape)``; none if they were not kept.
+        stats: The records of the sampler, ``(chains, draws)``.
+    """
+    invalid = stats["invalid"].sum(-1)
+    if bool(invalid.any()):
+        worst = int(invalid.argmax())
+        yield (
+            f"NaN energies ended {int(invalid.sum())} trajectories, most of them "
+            f"({int(invalid[worst])}) in chain {worst}: {name} is not a number there, or its "
+            "linear algebra fails. They were rejected; the draws are right if the density is "
+            "zero there."
+        )
+    size = float(stats["lp"].abs().nanmedian())
+    step = torch.finfo(stats["lp"].dtype).eps * size
+    if step > 0.1:
+        kind = str(stats["lp"].dtype).removeprefix("torch.")
+        yield (
+            f"Precision: {name} is near {size:.1e}, where {kind} has steps of {step:.1e}, too "
+            "coarse to accept or reject by. Leave out the large constant, or use float64."
+        )
+    groups = {
+        "posterior": {n: _some(v) for n, v in draws.items()},
+        "sample_stats": {n: v.cpu().numpy() for n, v in stats.items()},
+    }
+    if groups["posterior"]:
+        yield from convergence_warnings(to_inference_data(groups))
+
+
+def warn(messages: Iterator[str], stacklevel: int) -> None:
+    """Issue warnings about convergence."""
+    for message in messages:
+        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
+
+
+def _some(value: Tensor) -> np.ndarray:
+    flat = value.detach().flatten(2) if value.dim() > 3 else value.detach()
+    if flat.dim() > 2 and flat.shape[-1] > LOOKED_AT:
+        flat = flat[..., :: -(-flat.shape[-1] // LOOKED_AT)]
+    return flat.cpu().numpy()
+
+
+def diagnose(draws: Draws, stats: Draws) -> dict[str, Any]:
+    """Return ``n_eff`` and ``r_hat`` by site, divergences and acceptance rates by chain."""
+    arviz = _import_arviz()
+    found: dict[str, Any] = {}
+    for name, value in draws.items():
+        half = value.shape[1] // 2  # a single chain is compared with itself
+        chains = value if len(value) > 1 else value[0, : 2 * half].unflatten(0, (2, half))
+        data = to_inference_data({"posterior": {"a": chains.detach().cpu().double().numpy()}})
+        measures = {"n_eff": arviz.ess, "r_hat": arviz.rhat}
+        found[name] = {
+            key: torch.as_tensor(measure(data)["a"].values) for key, measure in measures.items()
+        }
+    found["divergences"] = {
+        f"chain {i}": chain.nonzero()[:, 0].tolist() for i, chain in enumerate(stats["diverging"])
+    }
+    found["acceptance rate"] = {
+        f"chain {i}": float(chain.mean()) for i, chain in enumerate(stats["acceptance_rate"])
+    }
+    return found
+
+
+def table(draws: Draws, prob: float) -> Any:
+    """Return ArviZ's table of draws, with highest-density intervals of mass ``prob``."""
+    arviz = _import_arviz()
+    data = to_inference_data({"posterior": {n: v.cpu().numpy() for n, v in draws.items()}})
+    if hasattr(arviz, "from_datatree"):  # before version 1
+        return arviz.summary(data, hdi_prob=prob)
+    return arviz.summary(data, ci_prob=prob, ci_kind="hdi")
