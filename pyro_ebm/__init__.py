@@ -5,7 +5,7 @@ from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
-from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, SamplingError, audit
+from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, SamplingError, Tempered, audit
 from pyro_ebm.partition import LogPartition, log_partition
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "SamplingError",
     "Scaled",
     "Sum",
+    "Tempered",
     "UnnormalizedError",
     "UnnormalizedWarning",
     "audit",

@@ -308,13 +308,13 @@ class Compiled(Traced):
             loop = looped_advance(self._operations(tree.moving[0]), kind, n)
 
             def whole(first: Tensor, u: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-                ready, noise, jitter, coin, step_size, *parts = parts
-                shape, tables, rest = parts[:n], parts[n : n + 2], parts[n + 2 :]
-                old = Tree(*rest)
+                ready, noise, jitter, coin, step_size = parts[:5]
+                shape, tables = parts[5 : n + 5], parts[n + 5 : n + 7]
+                old = Tree(*parts[n + 7 :])
                 paused = old.finished & ~ready
                 luck = Luck(True, ready, noise, jitter, coin, u, 0, step_size, share)
-                fresh = renewed(old, kind(*shape), luck)
-                fresh = (t.clone(memory_format=torch.contiguous_format) for t in fresh)
+                begun = renewed(old, kind(*shape), luck)
+                fresh = (t.clone(memory_format=torch.contiguous_format) for t in begun)
                 i, *rest = loop(first, u, paused, *shape, *tables, *fresh)
                 new = Tree(*rest)
                 state, info = harvest(new, new.proposal[0])

@@ -52,7 +52,7 @@ class Potential(NamedTuple):
     sites: dict[str, Site]
     like: Tensor
     model: Callable[[], Any]
-    tempered: Callable[[Tensor, Tensor], Tensor] | None
+    tempered: Callable[[Tensor, Tensor], Tensor]
     name: str
     owner: Any
     check: Callable[[Tensor], None] = lambda z: None

@@ -9,16 +9,26 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.kernels.base import Dense, Diagonal, Metric, State
+from pyro_ebm.kernels.tempering import adapt_ladder
 
-__all__ = ["Adapted", "Covariance", "DualAveraging", "Length", "Preconditioner", "Warmup"]
+__all__ = [
+    "Adapted",
+    "Covariance",
+    "DualAveraging",
+    "Ladder",
+    "Length",
+    "Preconditioner",
+    "Warmup",
+]
 
 
 class Adapted(NamedTuple):
-    """What warm-up finds: ``step_size``, ``metric`` and ``num_steps`` of a trajectory."""
+    """What warm-up finds: ``step_size``, ``metric``, ``num_steps`` of a trajectory, ``betas``."""
 
     step_size: Tensor
     metric: Metric
     num_steps: int
+    betas: Tensor | None = None
 
 
 class DualAveraging:
@@ -125,6 +135,30 @@ class Covariance:
         return x.mT @ x / x.shape[-2] if self.dense else x.square().mean(-2)
 
 
+class Window:
+    """The covariances of positions and of gradients since some move."""
+
+    def __init__(self, dense: bool) -> None:
+        self.x, self.grad = Covariance(dense), Covariance(dense)
+        self.size = 0
+
+    def update(self, x: Tensor, grad: Tensor) -> None:
+        """Take in positions and gradients, ``(*groups, chains, D)``."""
+        self.x.update(x)
+        self.grad.update(grad)
+        self.size += x.shape[-2]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"size": self.size, "x": dict(vars(self.x)), "grad": dict(vars(self.grad))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.size = state["size"]
+        vars(self.x).update(state["x"])
+        vars(self.grad).update(state["grad"])
+
+
 class Preconditioner:
     r"""The metric, from the positions and the gradients of all chains.
 
@@ -157,8 +191,7 @@ class Preconditioner:
     def __init__(self, kind: str, num_dims: int) -> None:
         self.kind = kind
         self.full = kind == "dense" or (kind == "auto" and num_dims <= self.most)
-        self.x, self.grad = Covariance(self.full), Covariance(self.full)
-        self.size = 0.0
+        self.window, self.next = Window(self.full), Window(self.full)
 
     def update(self, x: Tensor, grad: Tensor) -> None:
         """Take in positions and gradients, ``(*groups, chains, D)``."""
@@ -167,25 +200,33 @@ class Preconditioner:
             if x.dim() > 2 or int(good.sum()) < 2:
                 return
             x, grad = x[good], grad[good]
-        self.x.update(x)
-        self.grad.update(grad)
-        self.size += x.shape[-2]
+        self.window.update(x, grad)
+        self.next.update(x, grad)
+
+    def renew(self) -> None:
+        """Forget all that was taken in before the last time that this was called."""
+        if self.next.size:
+            self.window, self.next = self.next, Window(self.full)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean of the positions."""
+        return self.window.x.mean
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"size": self.size, "x": dict(vars(self.x)), "grad": dict(vars(self.grad))}
+        return {"window": self.window.state(), "next": self.next.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.size = state["size"]
-        vars(self.x).update(state["x"])
-        vars(self.grad).update(state["grad"])
+        self.window.restore(state["window"])
+        self.next.restore(state["next"])
 
     def metric(self) -> Metric:
         """Return the metric."""
-        assert self.x.moment is not None
-        assert self.grad.moment is not None
-        a, b = self.x.moment, self.grad.moment
+        a, b = self.window.x.moment, self.window.grad.moment
+        assert a is not None
+        assert b is not None
         if self.full:
             dense = self._dense(a, b)
             if dense is not None:
@@ -197,7 +238,7 @@ class Preconditioner:
 
     def _dense(self, a: Tensor, b: Tensor) -> Dense | None:
         d = len(a)
-        if self.size < 20 * d:  # draws are correlated: far fewer are independent
+        if self.window.size < 20 * d:  # draws are correlated: far fewer are independent
             return None
         scale = (a.diagonal() / b.diagonal()).sqrt().sqrt()
         if not (scale.isfinite() & (scale > 0)).all():
@@ -206,7 +247,7 @@ class Preconditioner:
         if mean is None:
             return None
         values = torch.linalg.eigvalsh(mean)
-        noise = (10.0 * d / self.size) ** 0.5
+        noise = (10.0 * d / self.window.size) ** 0.5
         beyond = ((1.0 + noise) / max(1.0 - noise, 0.1)) ** 2
         if self.kind == "auto" and float(values[-1] / values[0]) < 2.0 * beyond:
             return None
@@ -234,6 +275,18 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor | None:
     )
 
 
+def rescue(energy: Tensor, num_dims: int) -> Tensor | None:
+    """Return from which chain each is to go on, if some are lost."""
+    good = energy.sort().values[(len(energy) - 1) // 4]
+    lost = ~(energy <= good + 20.0 + 10.0 * num_dims)
+    if not bool(lost.any()):
+        return None
+    source = torch.arange(len(energy), device=energy.device)
+    others = source[~lost]
+    source[lost] = others[torch.arange(int(lost.sum()), device=energy.device) * 7 % len(others)]
+    return source
+
+
 GRID = tuple(sorted({round(1.25**k) for k in range(32)}))
 """The numbers of leapfrog steps that are compared: 1, 2, 3, 4, 5, 6, 7, 9, ..., 1011."""
 
@@ -247,8 +300,8 @@ class Length:
     would be if it stopped and was accepted or not at stage l, pooled over chains,
 
     .. math:: \frac{1}{l} \left(
-        \min_d \frac{1 - \rho_d(l)}{1 + \rho_d(l)} \,
-        \min_d \frac{1 - \rho^{(2)}_d(l)}{1 + \rho^{(2)}_d(l)} \right)^{1/2}
+        \left(\min_d \frac{1 - \rho_d(l)}{1 + \rho_d(l)}\right)^2
+        \min_d \frac{1 - \rho^{(2)}_d(l)}{1 + \rho^{(2)}_d(l)} \right)^{1/3}
 
     is maximised. There is no step size of a stochastic ascent, and one stuck chain weighs one
     chain.
@@ -265,10 +318,17 @@ class Length:
 
     memory = 0.95
     start = 3
+    cap = 1.2
+    patience = 5
 
     def __init__(self) -> None:
-        self.sums: dict[int, Tensor] = {}
         self.best = self.start
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was seen with another metric; keep the number of steps for now."""
+        self.sums: dict[int, Tensor] = {}
+        self.count = 0
 
     @property
     def stages(self) -> list[int]:
@@ -299,14 +359,16 @@ class Length:
             new = torch.stack([moved, x.square().mean(-2)])
             old = self.sums.get(num)
             self.sums[num] = new if old is None else self.memory * old + new
-        self.best = self._argmax()
+        self.count += 1
+        if self.count >= self.patience:
+            self.best = self._argmax()
 
     def _argmax(self) -> int:
         def rate(num: int) -> float:
             moved, spread = self.sums[num]
-            gap = (moved / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(1e-3, 1.9)
+            gap = (moved / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(1e-3, self.cap)
             mean, square = (gap / (2.0 - gap)).min(-1).values.tolist()
-            return math.sqrt(mean * square) / num
+            return (mean**2 * square) ** (1 / 3) / num
 
         return max(self.sums, key=rate)
 
@@ -336,7 +398,8 @@ class Warmup:
         self.preconditioner = Preconditioner(metric, len(like)) if metric else None
         self.metric: Any = Diagonal(torch.ones_like(like))
         self.length = Length() if chees else None
-        self.next_metric = 0
+        self.next_metric, self.window_end = 0, 5
+        self.source: Tensor | None = None
 
     @property
     def adapted(self) -> Adapted:
@@ -364,11 +427,13 @@ class Warmup:
             "metric": list(self.metric),
             "length": self.length and dict(vars(self.length)),
             "next_metric": self.next_metric,
+            "window_end": self.window_end,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.count, self.next_metric = state["count"], state["next_metric"]
+        self.window_end = state["window_end"]
         vars(self.step).update(state["step"])
         if self.preconditioner is not None:
             self.preconditioner.restore(state["preconditioner"])
@@ -383,15 +448,118 @@ class Warmup:
         late = self.num - max(self.num // 6, min(50, self.num // 3))
         if self.adapts_step:
             self.step.update(info.accept_prob.mean())
-        if self.preconditioner is not None and 5 <= self.count < late:
-            self.preconditioner.update(state.position, state.grad)
-            if self.count >= self.next_metric:
-                self.metric = self.preconditioner.metric()
-                self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
-        if self.length is not None and seen and self.count < late:
-            center = before.position.mean(0)
-            if self.preconditioner is not None and self.preconditioner.x.mean is not None:
-                center = self.preconditioner.x.mean
-            self.length.update(center, before.position, seen)
+        if self.count < late:
+            if self.preconditioner is not None:
+                self._condition(state)
+            if self.length is not None and seen:
+                center = before.position.mean(0)
+                if self.preconditioner is not None and self.preconditioner.mean is not None:
+                    center = self.preconditioner.mean
+                self.length.update(center, before.position, seen)
+        if self.count == self.window_end and self.count < late:
+            self._renew(state)
         if self.count == late and self.adapts_step:
             self.step.restart(self.step.step_size)
+
+    def _condition(self, state: State) -> None:
+        """Let the metric follow the chains."""
+        assert self.preconditioner is not None
+        self.preconditioner.update(state.position, state.grad)
+        if self.count >= self.next_metric:
+            self.metric = self.preconditioner.metric()
+            self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
+
+    def _renew(self, state: State) -> None:
+        """Forget the first half, and move chains that are lost."""
+        self.window_end *= 2
+        if self.preconditioner is not None:
+            self.preconditioner.renew()
+        if self.length is not None:
+            self.length.forget()
+        if self.adapts_step:
+            self.step.restart(self.step.step_size)
+        if self.count >= self.num // 10 and state.energy.dim() == 1:
+            self.source = rescue(state.energy, state.position.shape[-1])
+
+    def moves(self) -> Tensor | None:
+        """Return from which chain each is to go on after the last update, if from another."""
+        source, self.source = self.source, None
+        return source
+
+
+class Ladder(Warmup):
+    """Adapts a step size and a metric for each temperature, and the temperatures.
+
+    Args:
+        num: The moves of warm-up.
+        like: A point, ``(D,)``.
+        betas: The inverse temperatures to begin with, ``(K,)``.
+        **options: Those of :class:`Warmup`.
+
+    Example:
+        >>> betas = torch.tensor([0.1, 1.0])
+        >>> options = {"target": 0.8, "step_size": None, "adapt_step_size": True}
+        >>> Ladder(100, torch.zeros(2), betas, **options, metric=None, chees=False).adapted.betas
+        tensor([0.1000, 1.0000])
+    """
+
+    def __init__(self, num: int, like: Tensor, betas: Tensor, **options: Any) -> None:
+        super().__init__(num, like, **options)
+        self.betas = betas.to(like)
+        self.step.restart(self.step.step_size * self.betas.rsqrt())
+        self.metric = Diagonal(torch.ones_like(like).expand(len(betas), 1, -1).clone())
+        self.rejected = torch.zeros(len(betas) - 1, dtype=torch.double)
+        self.tried = torch.zeros(len(betas) - 1, dtype=torch.double)
+        self.next_ladder = max(10, num // 16)
+
+    @property
+    def adapted(self) -> Adapted:
+        return super().adapted._replace(betas=self.betas)
+
+    def hand_on(self, adapted: Adapted) -> None:
+        super().hand_on(adapted)
+        if adapted.betas is not None:
+            self.betas = adapted.betas
+
+    def state(self) -> dict[str, Any]:
+        own = ("betas", "rejected", "tried", "next_ladder")
+        return {**super().state(), **{name: getattr(self, name) for name in own}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        for name in ("betas", "rejected", "tried", "next_ladder"):
+            setattr(self, name, state[name])
+
+    def update_levels(self, position: Tensor, grad: Tensor, accept: Tensor, swap: Tensor) -> None:
+        """Take in a move of all replicas.
+
+        Args:
+            position: Where they are, ``(K, C, D)``.
+            grad: The gradients there.
+            accept: The mean acceptance probabilities, ``(K,)``.
+            swap: The probabilities of the swaps, ``(K-1, C)``, NaN where none was tried.
+        """
+        self.count += 1
+        late = self.num - max(self.num // 6, min(50, self.num // 3))
+        if self.adapts_step:
+            self.step.update(accept)
+        if self.preconditioner is not None and 5 <= self.count < late:
+            self.preconditioner.update(position, grad)
+            if self.count >= self.next_metric:
+                metric = self.preconditioner.metric()
+                self.metric = Diagonal(metric.inverse_mass.unsqueeze(-2))
+                self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
+        self.rejected += (1.0 - swap).nansum(1).cpu()
+        self.tried += (~swap.isnan()).sum(1).cpu()
+        if self.next_ladder <= self.count < late:
+            self._respace()
+        if self.count == late and self.adapts_step:
+            self.step.restart(self.step.step_size)
+
+    def _respace(self) -> None:
+        """Put the temperatures at equal steps of the communication barrier."""
+        rejection = (self.rejected / self.tried.clamp(min=1.0)).clamp(0.0, 1.0)
+        self.betas = adapt_ladder(self.betas, rejection.to(self.betas))
+        self.rejected.zero_()
+        self.tried.zero_()
+        self.next_ladder = math.ceil(1.5 * self.count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pyro_ebm._engine import Eager as Engine
 from pyro_ebm._engine import Luck
-from pyro_ebm.adaptation import Adapted, Length, Warmup
-from pyro_ebm.kernels.base import State, jittered, kinetic
-from pyro_ebm.kernels.hmc import Chance, settle
+from pyro_ebm.adaptation import Adapted, Ladder, Length, Warmup
+from pyro_ebm.energy import Energy
+from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic
+from pyro_ebm.kernels.hmc import Chance, hmc, settle
 from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
+from pyro_ebm.kernels.tempering import TemperedState, tempered
 
 __all__ = ["Block", "Chains", "Hamiltonian", "NoUTurn", "Stream"]
 
@@ -98,7 +100,7 @@ class Block:
         """For a checkpoint."""
         return {
             "stream": self.stream.states,
-            "state": list(self.state),
+            "state": listed(self.state),
             "rows": self.rows,
             "counts": self.counts,
             "tree": None if self.tree is None else list(self.tree),
@@ -109,7 +111,7 @@ class Block:
     def restore(self, parts: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.stream.states = parts["stream"]
-        self.state = type(self.state)(*parts["state"])
+        self.state = relisted(self.state, parts["state"])
         self.rows, self.counts = parts["rows"], parts["counts"]
         self.tree = None if parts["tree"] is None else Tree(*parts["tree"])
         self.uniforms, self.used = parts["uniforms"], parts["used"]
@@ -150,7 +152,7 @@ class Hamiltonian(NamedTuple):
     step_jitter: float = 0.2
     extra: tuple[str, ...] = ()
 
-    def start(self, engine: Engine, z: Tensor) -> State:
+    def start(self, engine: Engine, z: Tensor, adapted: Adapted) -> State:
         """Evaluate chains at their positions."""
         return start_with(engine, z)
 
@@ -215,7 +217,7 @@ class NoUTurn(NamedTuple):
     step_jitter: float = 0.1
     extra: tuple[str, ...] = TREE_STATS
 
-    def start(self, engine: Engine, z: Tensor) -> State:
+    def start(self, engine: Engine, z: Tensor, adapted: Adapted) -> State:
         """Evaluate chains at their positions."""
         return start_with(engine, z)
 
@@ -261,6 +263,85 @@ class NoUTurn(NamedTuple):
             block.state = State(tree.proposal[0], tree.proposal_energy, tree.proposal[2])
 
 
+class Record(NamedTuple):
+    """The record of a move of the target's replica, each ``(C,)``; ``swap_prob`` ``(K-1, C)``."""
+
+    energy: Tensor
+    hamiltonian: Tensor
+    accept_prob: Tensor
+    step_size: Tensor
+    num_steps: Tensor
+    diverging: Tensor
+    invalid: Tensor
+    unbounded: Tensor
+    round_trips: Tensor
+    swap_prob: Tensor
+
+
+class Replica(NamedTuple):
+    """Moves by HMC at several temperatures, and swaps between them."""
+
+    path: Any  # (z, beta) -> potential
+    num_temperatures: int
+    num_steps: int = 4
+    jitter: float = 0.2
+    step_jitter: float = 0.1
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The names of further records."""
+        pairs = (f"swap_prob_{k}" for k in range(self.num_temperatures - 1))
+        return ("round_trips", *pairs)
+
+    def _kernel(self, adapted: Adapted) -> Kernel:
+        def make(potential: Energy) -> Kernel:
+            return hmc(
+                potential,
+                adapted.step_size.unsqueeze(-1),
+                self.num_steps,
+                metric=adapted.metric,
+                jitter=self.jitter,
+                step_jitter=self.step_jitter,
+            )
+
+        assert adapted.betas is not None
+        return tempered(make, None, adapted.betas, path=self.path)
+
+    def start(self, engine: Engine, z: Tensor, adapted: Adapted) -> TemperedState:
+        """Put a replica of each chain at every temperature."""
+        return self._kernel(adapted).init(z)
+
+    def step(
+        self, engine: Engine, state: TemperedState, adapted: Adapted
+    ) -> tuple[TemperedState, Any]:
+        """Move all replicas once and swap neighbours."""
+        new, info = self._kernel(adapted).step(state)
+        num = info.inner.num_steps[-1] + 1  # and one evaluation after the swaps
+        engine.executed += int(num[0]) * info.inner.num_steps.numel()
+        kinetic = info.inner.hamiltonian[-1] - info.inner.energy[-1]
+        record = Record(
+            energy=info.energy,
+            hamiltonian=info.energy + kinetic,
+            accept_prob=info.accept_prob,
+            step_size=info.inner.step_size[-1],
+            num_steps=num * self.num_temperatures,
+            diverging=info.inner.diverging[-1],
+            invalid=info.invalid,
+            unbounded=info.inner.unbounded.any(0),
+            round_trips=info.round_trips,
+            swap_prob=info.swap_prob,
+        )
+        return new, (record, info.inner)
+
+    def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
+        """Draw until each chain has ``num`` rows."""
+        for i in range(int(block.counts[0]), num):
+            block.state, (record, _) = self.step(engine, block.state, adapted)
+            row = _row(block.state.position, record, ("round_trips",))
+            block.rows[:, i] = torch.cat([row, record.swap_prob.T.to(row)], -1)
+            block.counts = block.counts + 1
+
+
 def start_with(engine: Engine, z: Tensor) -> State:
     """Evaluate chains; where the energy is not finite the gradient is zero."""
     value, grad = engine.gradient(z)
@@ -268,7 +349,7 @@ def start_with(engine: Engine, z: Tensor) -> State:
     return State(z, value, torch.where(finite, grad, 0.0))
 
 
-Move = Hamiltonian | NoUTurn
+Move = Hamiltonian | NoUTurn | Replica
 
 
 class Chains:
@@ -280,37 +361,37 @@ class Chains:
 
     def warm(self) -> Any:
         """Move all chains once and adapt."""
-        befores, states, infos, looks = [], [], [], []
+        moves = []
         adapted, length = self.warmup.adapted, self.warmup.length
         for block in self.blocks:
-            befores.append(block.state)
+            before = block.state
             with block.stream.active():
                 if length is not None and isinstance(self.move, Hamiltonian):
-                    move = self.move.explore(self.engine, block.state, adapted, length)
+                    move = self.move.explore(self.engine, before, adapted, length)
                 else:
-                    move = *self.move.step(self.engine, block.state, adapted), []
-            block.state, info, seen = move
-            states.append(block.state)
-            infos.append(info)
-            looks.append(seen)
+                    move = *self.move.step(self.engine, before, adapted), []
+            block.state = move[0]
+            moves.append((before, *move))
+        if isinstance(self.move, Replica):
+            return self._warm_levels(moves)
+        befores, states, infos, looks = zip(*moves, strict=True)
         info = _joined(infos)
         seen = [
             (look[0][0], torch.cat([q for _, q, _ in look]), torch.cat([a for *_, a in look]))
             for look in zip(*looks, strict=True)
         ]
-        joined = _joined(states)
-        self.warmup.update(_joined(befores), joined, info, seen)
-        self._move(joined, self.warmup.moves())
+        self.warmup.update(_joined(befores), _joined(states), info, seen)
         return info
 
-    def _move(self, states: Any, source: Tensor | None) -> None:
-        """Let each chain go on from where its source is."""
-        if source is None:
-            return
-        sizes = [len(block.state.energy) for block in self.blocks]
-        parts = (part[source].split(sizes) for part in states)
-        for block, state in zip(self.blocks, zip(*parts, strict=True), strict=True):
-            block.state = type(states)(*state)
+    def _warm_levels(self, moves: list) -> Any:
+        records = [info[0] for _, _, info, _ in moves]
+        positions = torch.cat([state.inner.position for _, state, _, _ in moves], 1)
+        grads = torch.cat([state.inner.grad for _, state, _, _ in moves], 1)
+        accept = torch.cat([info[1].accept_prob for _, _, info, _ in moves], 1)
+        swaps = torch.cat([record.swap_prob for record in records], 1)
+        assert isinstance(self.warmup, Ladder)
+        self.warmup.update_levels(positions, grads, accept.mean(1), swaps)
+        return _joined([record._replace(swap_prob=record.swap_prob.T) for record in records])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -331,10 +412,22 @@ class Chains:
         return torch.cat([block.take(num) for block in self.blocks])
 
 
-def _joined(parts: list[Any]) -> Any:
+def listed(record: Any) -> Any:
+    """Turn nested records into nested lists, which need no code to be read."""
+    return record if isinstance(record, Tensor) else [listed(part) for part in record]
+
+
+def relisted(like: Any, parts: Any) -> Any:
+    """Turn nested lists back into records."""
+    if isinstance(like, Tensor):
+        return parts
+    return type(like)(*(relisted(a, b) for a, b in zip(like, parts, strict=True)))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
     """Join the records of blocks."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
+        return torch.cat(list(parts))
     return type(parts[0])(*(_joined(list(column)) for column in zip(*parts, strict=True)))

@@ -1,7 +1,7 @@
 """The Pyro side: chains, audits, reparametrisations, kernels that keep their records."""
 
 from pyro_ebm._audit import Finding, audit
-from pyro_ebm.infer.base import HMC, MALA, NUTS, ChEES
+from pyro_ebm.infer.base import HMC, MALA, NUTS, ChEES, Tempered
 from pyro_ebm.infer.mcmc import MCMC, SamplingError
 from pyro_ebm.infer.recording import RecordedHMC, RecordedNUTS
 from pyro_ebm.infer.reparam import IndexReparam
@@ -17,5 +17,6 @@ __all__ = [
     "RecordedHMC",
     "RecordedNUTS",
     "SamplingError",
+    "Tempered",
     "audit",
 ]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from pyro_ebm.adaptation import Adapted, Warmup
+from pyro_ebm._potential import Potential
+from pyro_ebm.adaptation import Adapted, Ladder, Warmup
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels import Kernel, hmc, nuts
-from pyro_ebm.kernels.base import check_positive, check_share
-from pyro_ebm.sampling import Hamiltonian, Move, NoUTurn
+from pyro_ebm.kernels.base import check_count, check_positive, check_share
+from pyro_ebm.sampling import Hamiltonian, Move, NoUTurn, Replica
 
 METRICS = ("auto", "diagonal", "dense", None)
 
@@ -36,7 +39,7 @@ class Sampler:
 
     default_accept = 0.8
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the names that Pyro's kernels have
         self,
         target: Any,
         base: Any = None,
@@ -53,7 +56,8 @@ class Sampler:
         if not callable(target) and not isinstance(target, GibbsBoltzmann):
             got = type(target).__name__
             raise TypeError(
-                f"target must be a Pyro model, a GibbsBoltzmann or an energy with a base, got {got}"
+                "target must be a Pyro model, a GibbsBoltzmann or an energy with a base, got "
+                f"{got}"
             )
         if step_size is not None:
             if not isinstance(step_size, Real):
@@ -74,6 +78,10 @@ class Sampler:
 
     chees = False
 
+    def move_on(self, potential: Potential) -> Move:
+        """The kind of move on a potential."""
+        return self.move
+
     @property
     def move(self) -> Move:
         """The kind of move."""
@@ -81,15 +89,16 @@ class Sampler:
 
     def warmup(self, num: int, like: Tensor) -> Warmup:
         """Return the adaptation of ``num`` moves, for points like ``like`` of shape ``(D,)``."""
-        return Warmup(
-            num,
-            like,
-            target=self.target_accept_prob,
-            step_size=self.step_size,
-            adapt_step_size=self.adapt_step_size,
-            metric=self.metric,
-            chees=self.chees,
-        )
+        return Warmup(num, like, **self._adaptation())
+
+    def _adaptation(self) -> dict[str, Any]:
+        return {
+            "target": self.target_accept_prob,
+            "step_size": self.step_size,
+            "adapt_step_size": self.adapt_step_size,
+            "metric": self.metric,
+            "chees": self.chees,
+        }
 
     def make_kernel(self, energy: Energy, adapted: Adapted) -> Kernel:
         """Return a kernel with what a warm-up found."""
@@ -145,9 +154,8 @@ class NUTS(Sampler):
 
     def __init__(self, target: Any, *args: Any, max_tree_depth: int = 10, **kwargs: Any) -> None:
         super().__init__(target, *args, **kwargs)
-        if max_tree_depth != int(max_tree_depth) or not 1 <= max_tree_depth <= 20:
-            raise ValueError(f"max_tree_depth must be from 1 to 20, got {max_tree_depth}")
-        self.max_tree_depth = int(max_tree_depth)
+        check_count("max_tree_depth", max_tree_depth, 1, 20)
+        self.max_tree_depth = max_tree_depth
 
     @property
     def move(self) -> Move:
@@ -185,10 +193,9 @@ class HMC(Sampler):
         self, target: Any, *args: Any, num_steps: int = 8, jitter: float = 0.2, **kwargs: Any
     ) -> None:
         super().__init__(target, *args, **kwargs)
-        if num_steps != int(num_steps) or num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps}")
+        check_count("num_steps", num_steps, 1)
         check_share("jitter", jitter)
-        self.num_steps, self.jitter = int(num_steps), jitter
+        self.num_steps, self.jitter = num_steps, jitter
 
     @property
     def move(self) -> Move:
@@ -268,3 +275,85 @@ class MALA(Sampler):
     @property
     def move(self) -> Move:
         return Hamiltonian(1, 0.0, self.step_jitter)
+
+
+class Tempered(Sampler):
+    r"""Replica exchange: HMC at several temperatures, for targets with several modes.
+
+    .. math:: p_\beta(x) \propto b(x) \exp(-\beta E(x))
+
+    Of a model, observations, factors and the energies of energy sites are tempered, its priors
+    are not: the hot end tends to the prior. Discrete latents that are summed out are tempered
+    jointly with the rest, before the sum. Warm-up adapts the temperatures between
+    ``min_beta`` and 1 to equal rates of swaps; ``sample_stats`` counts round trips.
+
+    Args:
+        target: A Pyro model, a :class:`~pyro_ebm.GibbsBoltzmann`, or, with ``base``, an energy.
+        *args: The base of a target that is an energy.
+        num_temperatures: The number of temperatures, at least 2.
+        min_beta: The hottest: modes must be connected there, and the law proper.
+        num_steps: The mean number of leapfrog steps of a move.
+        jitter: The share by which that number is drawn anew at each move.
+        **kwargs: Those of every sampler; see :class:`NUTS`. The metric is diagonal.
+
+    Raises:
+        TypeError: If the target is none.
+        ValueError: If an argument is out of its range.
+
+    References:
+        | Non-Reversible Parallel Tempering: a Scalable Highly Parallel MCMC Scheme (Syed,
+          Bouchard-Cote, Deligiannidis, Doucet, 2021)
+        | https://doi.org/10.1111/rssb.12464
+
+    Example:
+        >>> wells = lambda x: 8.0 * (x.square() - 1.0).square().sum(-1)
+        >>> kernel = ebm.Tempered(wells, ebm.Flat((1,)), num_temperatures=5)
+        >>> mcmc = ebm.MCMC(kernel, 500, num_chains=32, disable_progbar=True)
+        >>> mcmc.run()
+        >>> bool((mcmc.get_samples()["x"] > 0).float().mean().sub(0.5).abs() < 0.05)
+        True
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        *args: Any,
+        num_temperatures: int = 6,
+        min_beta: float = 0.02,
+        num_steps: int = 4,
+        jitter: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(target, *args, **{"metric": "diagonal", **kwargs})
+        check_count("num_temperatures", num_temperatures, 2)
+        check_count("num_steps", num_steps, 1)
+        check_share("jitter", jitter)
+        if not 0.0 < min_beta < 1.0:
+            raise ValueError(f"min_beta must be between 0 and 1, got {min_beta}")
+        if self.metric not in ("diagonal", None):
+            raise ValueError(f"metric must be 'diagonal' or None, got {self.metric!r}")
+        self.num_temperatures, self.min_beta = num_temperatures, min_beta
+        self.num_steps, self.jitter = num_steps, jitter
+
+    def _replica(self, path: Callable[[Tensor, Tensor], Tensor] | None) -> Replica:
+        num = self.num_temperatures
+        return Replica(path, num, self.num_steps, self.jitter, self.step_jitter)
+
+    @property
+    def move(self) -> Move:
+        return self._replica(None)
+
+    def move_on(self, potential: Potential) -> Move:
+        def path(z: Tensor, beta: Tensor) -> Tensor:
+            beta = beta.to(z).expand(z.shape[:-1])
+            flat = potential.tempered(z.reshape(-1, z.shape[-1]), beta.reshape(-1))
+            return flat.reshape(beta.shape)
+
+        return self._replica(path)
+
+    def warmup(self, num: int, like: Tensor) -> Warmup:
+        betas = torch.linspace(math.log(self.min_beta), 0.0, self.num_temperatures).exp()
+        return Ladder(num, like, betas, **self._adaptation())
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "min_beta": self.min_beta}

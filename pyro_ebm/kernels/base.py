@@ -63,9 +63,21 @@ def start(energy: Energy, position: Tensor) -> State:
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
-    """Refuse a number that is not positive and finite; tensors pass."""
-    if isinstance(value, Real) and not 0.0 < value < float("inf"):
+    """Refuse what is not positive and finite: a number, or any element of a tensor."""
+    if isinstance(value, Tensor):
+        fine = bool(((value > 0) & value.isfinite()).all())
+    else:
+        fine = not isinstance(value, Real) or 0.0 < value < float("inf")
+    if not fine:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_count(name: str, value: int, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number of at least ``least`` (and at most ``most``)."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        rule = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {rule}, got {value}")
 
 
 def check_share(name: str, value: float) -> None:

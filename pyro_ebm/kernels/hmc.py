@@ -18,6 +18,7 @@ from pyro_ebm.kernels.base import (
     Metric,
     State,
     ValueAndGrad,
+    check_count,
     check_positive,
     check_share,
     expand_like,
@@ -124,8 +125,7 @@ def hmc(
         tensor([5, 5, 5, 5])
     """
     check_positive("step_size", step_size)
-    if num_steps != int(num_steps) or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps}")
+    check_count("num_steps", num_steps, 1)
     check_share("jitter", jitter)
     check_share("step_jitter", step_jitter)
     follow = integrate or trajectory(functools.partial(value_and_grad, energy))

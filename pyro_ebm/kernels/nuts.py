@@ -15,6 +15,7 @@ from pyro_ebm.kernels.base import (
     Metric,
     State,
     ValueAndGrad,
+    check_count,
     check_positive,
     check_share,
     flattened,
@@ -357,8 +358,7 @@ def nuts(
         (torch.Size([4, 2]), True)
     """
     check_positive("step_size", step_size)
-    if max_tree_depth != int(max_tree_depth) or not 1 <= max_tree_depth <= 20:
-        raise ValueError(f"max_tree_depth must be from 1 to 20, got {max_tree_depth}")
+    check_count("max_tree_depth", max_tree_depth, 1, 20)
     check_share("step_jitter", step_jitter)
 
     def step(state: State) -> tuple[State, NutsInfo]:

@@ -67,10 +67,11 @@ class TemperedInfo(NamedTuple):
 
 def tempered(
     make: Callable[[Energy], Kernel],
-    energy: Energy,
+    energy: Energy | None,
     betas: Tensor,
     *,
     base_energy: Energy | None = None,
+    path: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Kernel:
     r"""Parallel tempering (replica exchange) around any kernel.
 
@@ -88,9 +89,11 @@ def tempered(
         make: Makes the inner kernel of the potential of all levels, points
             ``(K, *chains, *event)`` to ``(K, *chains)``: a step size per level is ``(K, 1)`` for
             chains ``(n,)``.
-        energy: The tempered part E, ``(*batch, *event)`` to ``(*batch,)``.
+        energy: The tempered part E, ``(*batch, *event)`` to ``(*batch,)``; None with a ``path``.
         betas: The inverse temperatures, increasing, of shape ``(K,)``; the last is the target's.
         base_energy: The part :math:`U_0` that is not tempered; by default zero.
+        path: Instead of both, the potential as a function of points ``(*batch, *event)`` and of
+            inverse temperatures that broadcast to ``(*batch,)``.
 
     Returns:
         The kernel, with :class:`~pyro_ebm.kernels.TemperedState` and
@@ -120,23 +123,21 @@ def tempered(
         (torch.Size([5, 1]), torch.Size([2, 5]))
     """
     _check_betas(betas)
-    free = base_energy is None and bool(betas[0] > 0)  # what E is follows from the potential
+    if (energy is None) == (path is None):
+        raise ValueError("energy or path must be given, and not both")
+    whole = path or _linear(energy, base_energy)
+    # what E is follows from the potential
+    free = path is None and base_energy is None and bool(betas[0] > 0)
 
     @functools.cache
     def inner(num_chain_dims: int) -> Kernel:
         """Make the inner kernel; its potential takes further batch dimensions on the left."""
-
-        def potential(x: Tensor) -> Tensor:
-            value = energy(x)
-            hot = _ladder(betas, value, num_chain_dims) * value
-            total = torch.where(value == torch.inf, value, hot)
-            return total if base_energy is None else total + base_energy(x)
-
-        return make(potential)
+        ladder = betas.reshape(-1, *[1] * num_chain_dims)
+        return make(lambda x: whole(x, ladder.to(x)))
 
     def init(position: Tensor) -> TemperedState:
         with torch.no_grad():
-            like = energy(position)
+            like = whole(position, betas[-1].to(position))
         state = inner(like.dim()).init(position.expand(len(betas), *position.shape).clone())
         replica = torch.arange(len(betas), device=like.device)
         replica = expand_like(replica, state.energy).expand(state.energy.shape).clone()
@@ -149,8 +150,12 @@ def tempered(
         moved, record = kernel.step(state.inner)
         ladder = _ladder(betas, moved.energy, state.round_trips.dim())
         with torch.no_grad():
-            part = moved.energy / ladder if free else energy(moved.position)
-        prob, swapped = _swaps(ladder, part, state.odd)
+            if energy is None:
+                part = moved.energy
+                prob, swapped = _crossings(whole, ladder, moved, state.odd)
+            else:
+                part = moved.energy / ladder if free else energy(moved.position)
+                prob, swapped = _swaps(ladder, part, state.odd)
         source = _source(swapped)
         settled = _exchange(moved, source)
         if free:
@@ -164,6 +169,20 @@ def tempered(
         return new, TemperedInfo(*cold, prob, record, new.round_trips)
 
     return Kernel(init, step)
+
+
+def _linear(
+    energy: Energy | None, base_energy: Energy | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the potential of points and inverse temperatures; infinite E is always a wall."""
+    assert energy is not None
+
+    def whole(x: Tensor, beta: Tensor) -> Tensor:
+        value = energy(x)
+        total = torch.where(value == torch.inf, value, beta * value)
+        return total if base_energy is None else total + base_energy(x)
+
+    return whole
 
 
 def _check_betas(betas: Tensor) -> None:
@@ -188,10 +207,21 @@ def _swaps(ladder: Tensor, part: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
 
     ``part`` is the tempered part E alone: what is not tempered cancels.
     """
-    log_ratio = (ladder[:-1] - ladder[1:]) * (part[:-1] - part[1:])
-    bad = impossible(part)
+    return _offer((ladder[:-1] - ladder[1:]) * (part[:-1] - part[1:]), impossible(part), odd)
+
+
+def _crossings(
+    path: Callable[[Tensor, Tensor], Tensor], ladder: Tensor, state: Any, odd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the same for a potential that is any function of beta: all four energies enter."""
+    x, own = state.position, state.energy
+    crossed = path(x[1:], ladder[:-1]) + path(x[:-1], ladder[1:])
+    return _offer(own[:-1] + own[1:] - crossed, impossible(own), odd)
+
+
+def _offer(log_ratio: Tensor, bad: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
     prob, swapped = accept(log_ratio, bad[:-1] | bad[1:])
-    tried = expand_like(_tried(len(part) - 1, odd), prob)
+    tried = expand_like(_tried(len(log_ratio), odd), prob)
     return torch.where(tried, prob, torch.nan), swapped & tried
 
 
