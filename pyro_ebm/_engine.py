@@ -151,8 +151,8 @@ class Traced(Eager):
         return value_and_grad(self.energy, x)
 
     def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        graph = self._graph("gradient", self._plain, (x,))
         try:
+            graph = self._graph("gradient", self._plain, (x,))
             with torch.no_grad():
                 return graph(x)
         except Exception:  # the interpreter of traces has no types of errors
@@ -169,8 +169,8 @@ class Traced(Eager):
             return q, torch.addcmul(p, weight, grad, value=-1.0), grad, value
 
         (q, p, grad), weight = phase, 0.5 * step
-        graph = self._graph(("kick", type(metric)), kick, (q, p, step, weight, *metric))
         try:
+            graph = self._graph(("kick", type(metric)), kick, (q, p, step, weight, *metric))
             with torch.no_grad():
                 p = torch.addcmul(p, weight, grad, value=-1.0)
                 for i in range(num):
@@ -218,8 +218,8 @@ class Traced(Eager):
             return tuple(advance(self._plain, type(metric)(*shape), tables, Tree(*rest), u))
 
         parts = (u, *metric, *tables, *tree)
-        graph = self._graph(("grow", type(metric)), grow, parts)
         try:
+            graph = self._graph(("grow", type(metric)), grow, parts)
             with torch.no_grad():
                 return Tree(*graph(*parts))
         except Exception:
@@ -230,6 +230,8 @@ def frozen(function: Callable[..., Any], parts: tuple[Tensor, ...]) -> Callable[
     """Trace a function of tensors down to their operations and let TorchScript interpret them."""
     plain = tuple(p.detach().clone() for p in parts)
     graph = make_fx(lambda *given: function(*given))(*plain)  # make_fx counts a method's self
+    if any("_linalg_check_errors" in str(node.target) for node in graph.graph.nodes):
+        raise ValueError("a trace would not see that its linear algebra fails")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and the only interpreter
         return torch.jit.freeze(torch.jit.trace(graph, plain, check_trace=False).eval())

@@ -237,26 +237,22 @@ class _Tempering(Messenger):
         if site_is_subsample(msg):
             return
         if isinstance(fn, GibbsBoltzmann) and not msg["is_observed"]:
-            msg["fn"] = _Powered(fn, lambda x: fn._measure.log_prob(x), self.beta)
+            msg["fn"] = _powered(fn, self.beta, fn._measure.log_prob)
         elif msg["is_observed"]:
-            msg["fn"] = _Powered(fn, None, self.beta)
+            msg["fn"] = _powered(fn, self.beta)
 
 
-class _Powered:
-    """A distribution with its density (beyond that of a base) to the power of beta."""
+def _powered(fn: Any, beta: Tensor, base: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Return a copy of a distribution, its density (beyond that of a base) to the power beta."""
+    new = copy.copy(fn)
 
-    def __init__(self, fn: Any, base: Any, beta: Tensor) -> None:
-        self.fn, self.base, self.beta = fn, base, beta
+    def log_prob(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        total = fn.log_prob(x, *args, **kwargs)
+        start = 0.0 if base is None else base(x)
+        return start + beta * (total - start)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.fn, name)
-
-    def log_prob(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        total = self.fn.log_prob(x, *args, **kwargs)
-        if self.base is None:
-            return self.beta * total
-        base = self.base(x)
-        return base + self.beta * (total - base)
+    new.log_prob = log_prob
+    return new
 
 
 def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Potential:

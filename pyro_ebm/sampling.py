@@ -13,7 +13,7 @@ from pyro_ebm._engine import Eager as Engine
 from pyro_ebm._engine import Luck
 from pyro_ebm.adaptation import Adapted, Ladder, Length, Warmup
 from pyro_ebm.energy import Energy
-from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic
+from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic, start
 from pyro_ebm.kernels.hmc import Chance, hmc, settle
 from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
 from pyro_ebm.kernels.tempering import TemperedState, tempered
@@ -333,6 +333,12 @@ class Replica(NamedTuple):
         )
         return new, (record, info.inner)
 
+    def renewed(self, state: TemperedState, adapted: Adapted) -> TemperedState:
+        """Evaluate the replicas at other temperatures."""
+        assert adapted.betas is not None
+        ladder = adapted.betas.unsqueeze(-1)
+        return state._replace(inner=start(lambda z: self.path(z, ladder), state.inner.position))
+
     def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
         """Draw until each chain has ``num`` rows."""
         for i in range(int(block.counts[0]), num):
@@ -373,7 +379,7 @@ class Chains:
             block.state = move[0]
             moves.append((before, *move))
         if isinstance(self.move, Replica):
-            return self._warm_levels(moves)
+            return self._warm_levels(self.move, moves)
         befores, states, infos, looks = zip(*moves, strict=True)
         info = _joined(infos)
         seen = [
@@ -383,14 +389,18 @@ class Chains:
         self.warmup.update(_joined(befores), _joined(states), info, seen)
         return info
 
-    def _warm_levels(self, moves: list) -> Any:
+    def _warm_levels(self, move: Replica, moves: list) -> Any:
         records = [info[0] for _, _, info, _ in moves]
         positions = torch.cat([state.inner.position for _, state, _, _ in moves], 1)
         grads = torch.cat([state.inner.grad for _, state, _, _ in moves], 1)
         accept = torch.cat([info[1].accept_prob for _, _, info, _ in moves], 1)
         swaps = torch.cat([record.swap_prob for record in records], 1)
         assert isinstance(self.warmup, Ladder)
+        before = self.warmup.betas
         self.warmup.update_levels(positions, grads, accept.mean(1), swaps)
+        if self.warmup.betas is not before:  # energies are those of the old temperatures
+            for block in self.blocks:
+                block.state = move.renewed(block.state, self.warmup.adapted)
         return _joined([record._replace(swap_prob=record.swap_prob.T) for record in records])
 
     def state(self) -> dict[str, Any]:
