@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -228,18 +228,19 @@ class _Tempering(Messenger):
     Ordinary priors keep their density, so that the law at 0 is the prior, and proper.
     """
 
-    def __init__(self, beta: Tensor) -> None:
+    def __init__(self, beta: Tensor, latent: Collection[str]) -> None:
         super().__init__()
-        self.beta = beta
+        self.beta, self.latent = beta, latent
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if site_is_subsample(msg):
             return
-        if isinstance(fn, GibbsBoltzmann) and not msg["is_observed"]:
+        if msg["name"] not in self.latent:  # those are conditioned on, and look observed
+            if msg["is_observed"]:
+                msg["fn"] = _powered(fn, self.beta)
+        elif isinstance(fn, GibbsBoltzmann):
             msg["fn"] = _powered(fn, self.beta, fn._measure.log_prob)
-        elif msg["is_observed"]:
-            msg["fn"] = _powered(fn, self.beta)
 
 
 def _powered(fn: Any, beta: Tensor, base: Callable[[Tensor], Tensor] | None = None) -> Any:
@@ -279,7 +280,7 @@ def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
         return potential(split(sites, z)).reshape(())
 
     def tempered_single(z: Tensor, beta: Tensor) -> Tensor:
-        with _Tempering(beta):
+        with _Tempering(beta, sites):
             return single(z)
 
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"

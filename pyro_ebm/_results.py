@@ -15,6 +15,9 @@ from pyro_ebm.diagnostics import ConvergenceWarning, convergence_warnings
 
 Draws = dict[str, Tensor]
 
+CLIMB = 4.0
+"""From its first quarter to its last a chain that runs away gains this many times its spread."""
+
 LOOKED_AT = 1000
 """Warnings look at this many components of a site at most."""
 
@@ -44,12 +47,31 @@ def end_warnings(name: str, draws: Draws, stats: Draws) -> Iterator[str]:
             f"Precision: {name} is near {size:.1e}, where {kind} has steps of {step:.1e}, too "
             "coarse to accept or reject by. Leave out the large constant, or use float64."
         )
+    yield from _growth(name, draws, stats["lp"])
     groups = {
         "posterior": {n: _some(v) for n, v in draws.items()},
         "sample_stats": {n: v.cpu().numpy() for n, v in stats.items()},
     }
     if groups["posterior"]:
         yield from convergence_warnings(to_inference_data(groups))
+
+
+def _growth(name: str, draws: Draws, lp: Tensor) -> Iterator[str]:
+    """Look for chains that go ever farther out, to ever higher densities."""
+    if lp.shape[1] < 20:
+        return
+    quarters = torch.stack([q.mean(1) for q in lp.tensor_split(4, 1)])
+    noise = torch.stack([q.std(1) for q in lp.tensor_split(4, 1)]).mean(0)
+    uphill = (quarters.diff(dim=0) > 0).all(0) & (quarters[3] - quarters[0] > CLIMB * noise)
+    for site, value in draws.items():
+        far = value.abs().flatten(2).mean(-1) if value.dim() > 2 else value.abs()
+        outwards = torch.stack([q.mean(1) for q in far.tensor_split(4, 1)]).diff(dim=0) > 0
+        if float((outwards.all(0) & uphill).double().mean()) > 0.5:
+            yield (
+                f"Runaway: {site!r} went ever farther out, and the density up, as most chains "
+                f"were sampled. {name} may have no finite integral: check its sign, or give it a "
+                "base that decays. If it has one, warm up longer."
+            )
 
 
 def warn(messages: Iterator[str], stacklevel: int) -> None:

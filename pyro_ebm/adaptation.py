@@ -9,25 +9,21 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.kernels.base import Dense, Diagonal, Metric, State
-from pyro_ebm.kernels.tempering import adapt_ladder
 
-__all__ = [
-    "Adapted",
-    "Covariance",
-    "DualAveraging",
-    "Ladder",
-    "Length",
-    "Preconditioner",
-    "Warmup",
-]
+__all__ = ["Adapted", "Covariance", "DualAveraging", "Length", "Preconditioner", "Warmup"]
 
 
 class Adapted(NamedTuple):
-    """What warm-up finds: ``step_size``, ``metric``, ``num_steps`` of a trajectory, ``betas``."""
+    """What warm-up finds: ``step_size``, ``metric``, ``num_steps`` of a trajectory, ``betas``.
+
+    ``moved`` records which chains were lost: the number of the move and that of the chain, for
+    each that :func:`rescue` let go on from where another was.
+    """
 
     step_size: Tensor
     metric: Metric
     num_steps: int
+    moved: tuple[tuple[int, int], ...] = ()
     betas: Tensor | None = None
 
 
@@ -166,7 +162,9 @@ class Preconditioner:
 
     or, of full covariances, their geometric mean :math:`\mathrm{cov}(x) \,\#\,
     \mathrm{cov}(\nabla U)^{-1}`: the metric of least Fisher divergence. It is exact for a Gaussian
-    from the first moves on, long before the chains have spread over it.
+    from the first moves on, long before the chains have spread over it. Elsewhere the gradients
+    far out say little about those near the mode: what is older than the last but one call of
+    :meth:`renew` is forgotten entirely, however large it was.
 
     Args:
         kind: ``"diagonal"``, ``"dense"``, or ``"auto"``: dense in up to 128 dimensions where the
@@ -204,7 +202,7 @@ class Preconditioner:
         self.next.update(x, grad)
 
     def renew(self) -> None:
-        """Forget all that was taken in before the last time that this was called."""
+        """Forget all that was taken in before the last call."""
         if self.next.size:
             self.window, self.next = self.next, Window(self.full)
 
@@ -259,7 +257,7 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor | None:
 
     .. math:: M = b^{-1/2} (b^{1/2} a b^{1/2})^{1/2} b^{-1/2}
     """
-    a, b = a.double(), b.double()
+    dtype, a, b = a.dtype, a.double(), b.double()
     try:
         values, vectors = torch.linalg.eigh(b)
         values = values.clamp(min=float(values[-1]) * 1e-10)
@@ -270,20 +268,37 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor | None:
         return None
     inner = inner.clamp(min=float(inner[-1]) * 1e-10).sqrt()
     mean = inverse @ (basis * inner @ basis.mT) @ inverse
-    return (
-        (0.5 * (mean + mean.mT)).to(torch.get_default_dtype()) if mean.isfinite().all() else None
-    )
+    return (0.5 * (mean + mean.mT)).to(dtype) if mean.isfinite().all() else None
 
 
 def rescue(energy: Tensor, num_dims: int) -> Tensor | None:
-    """Return from which chain each is to go on, if some are lost."""
+    r"""Return from which chain each is to go on, if some are lost.
+
+    A chain is lost where its energy exceeds the lower quartile of all by more than
+
+    .. math:: 20 + 10 D .
+
+    Within one mode energies spread by about :math:`\sqrt{D / 2}`. For a mode that lies higher by
+    that much to hold as much mass, it would have to be :math:`e^{10}` times wider in each
+    dimension: what is given up is stuck, or in a mode of no mass.
+
+    Args:
+        energy: The energies of the chains, ``(C,)``.
+        num_dims: The number of dimensions D.
+
+    Example:
+        >>> rescue(torch.tensor([1.0, 2.0, 500.0, 1.5]), 2)
+        tensor([0, 1, 0, 3])
+        >>> rescue(torch.tensor([1.0, 2.0, 30.0, 1.5]), 2) is None
+        True
+    """
     good = energy.sort().values[(len(energy) - 1) // 4]
-    lost = ~(energy <= good + 20.0 + 10.0 * num_dims)
-    if not bool(lost.any()):
+    lost = ~(energy <= good + 20.0 + 10.0 * num_dims)  # NaN is lost too
+    if not (bool(lost.any()) and bool(good.isfinite())):
         return None
     source = torch.arange(len(energy), device=energy.device)
-    others = source[~lost]
-    source[lost] = others[torch.arange(int(lost.sum()), device=energy.device) * 7 % len(others)]
+    kept = source[~lost]
+    source[lost] = kept[source[: int(lost.sum())] % len(kept)]
     return source
 
 
@@ -300,11 +315,12 @@ class Length:
     would be if it stopped and was accepted or not at stage l, pooled over chains,
 
     .. math:: \frac{1}{l} \left(
-        \left(\min_d \frac{1 - \rho_d(l)}{1 + \rho_d(l)}\right)^2
-        \min_d \frac{1 - \rho^{(2)}_d(l)}{1 + \rho^{(2)}_d(l)} \right)^{1/3}
+        \min_d \frac{1 - \rho_d(l)}{1 + \rho_d(l)} \,
+        \min_d \frac{1 - \rho^{(2)}_d(l)}{1 + \rho^{(2)}_d(l)} \right)^{1/2}
 
-    is maximised. There is no step size of a stochastic ascent, and one stuck chain weighs one
-    chain.
+    is maximised, where :math:`1 - \rho` counts as 1.2 at most: at half a period positions are
+    as good as mirrored, and their squares never change. There is no step size of a stochastic
+    ascent, and one stuck chain weighs one chain.
 
     References:
         | An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian Monte Carlo
@@ -318,7 +334,7 @@ class Length:
 
     memory = 0.95
     start = 3
-    cap = 1.2
+    most = 1.2
     patience = 5
 
     def __init__(self) -> None:
@@ -366,19 +382,46 @@ class Length:
     def _argmax(self) -> int:
         def rate(num: int) -> float:
             moved, spread = self.sums[num]
-            gap = (moved / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(1e-3, self.cap)
+            gap = (moved / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(1e-3, self.most)
             mean, square = (gap / (2.0 - gap)).min(-1).values.tolist()
-            return (mean**2 * square) ** (1 / 3) / num
+            return math.sqrt(mean * square) / num
 
         return max(self.sums, key=rate)
 
 
 class Warmup:
-    """Finds step size, metric and number of steps together, from all chains.
+    r"""Finds step size, metric and number of steps together, from all chains.
 
-    In the first tenth the chains find their way with the identity metric; then the metric
-    follows the running covariance; in the last sixth it stands and the step size settles.
+    The first moves look back for a window of 8 moves only; windows grow twofold from where the
+    energies no longer fall, that is, where their lower quartile is not lower by
+    :math:`2 \sqrt D` than a window before. At the end of each, step size and number of steps
+    are learned anew. After a tenth of warm-up (a fifth, while energies fall) chains that are
+    lost go on from where others are; see :func:`rescue`. In the last sixth, but at least for 50
+    moves or a third, the metric stands and the step size settles. The number of steps follows it
+    to the end: at half a period energy errors cancel, and a number that stood would lure the
+    step size to where it is half a period.
+
+    Args:
+        num: The number of moves.
+        like: A tensor with the type, device and shape ``(D,)`` of points.
+        target: The mean acceptance probability to reach.
+        step_size: The first step.
+        adapt_step_size: Whether to adapt it.
+        metric: ``"diagonal"``, ``"dense"``, ``"auto"`` or ``None``.
+        chees: Whether to adapt the number of steps.
+
+    Example:
+        >>> energy = lambda x: 0.5 * (x / torch.tensor([1.0, 1000.0])).square().sum(-1)
+        >>> mcmc = ebm.MCMC(
+        ...     ebm.ChEES(energy, ebm.Flat((2,))), 10, 200, num_chains=64, disable_progbar=True
+        ... )
+        >>> mcmc.run()
+        >>> mcmc.adapted.metric.inverse_mass.sqrt().log10().round()
+        tensor([0., 3.])
     """
+
+    window = 8
+    early, falling = 0.1, 0.2
 
     def __init__(
         self,
@@ -398,17 +441,22 @@ class Warmup:
         self.preconditioner = Preconditioner(metric, len(like)) if metric else None
         self.metric: Any = Diagonal(torch.ones_like(like))
         self.length = Length() if chees else None
-        self.next_metric, self.window_end = 0, 5
+        self.next_metric, self.end, self.level = 0, self.window, math.inf
+        self.moved: list[tuple[int, int]] = []
         self.source: Tensor | None = None
+
+    @property
+    def late(self) -> int:
+        """From which move on the metric stands."""
+        return self.num - max(self.num // 6, min(50, self.num // 3))
 
     @property
     def adapted(self) -> Adapted:
         """What the next move uses."""
         num = self.length.best if self.length else 1
-        if not self.adapts_step:
-            return Adapted(self.step.center.exp(), self.metric, num)
-        done = self.count >= self.num
-        return Adapted(self.step.best if done else self.step.step_size, self.metric, num)
+        step = self.step.best if self.count >= self.num else self.step.step_size
+        step = step if self.adapts_step else self.step.center.exp()
+        return Adapted(step, self.metric, num, tuple(self.moved))
 
     def hand_on(self, adapted: Adapted) -> None:
         """Begin with what another warm-up has found."""
@@ -427,13 +475,15 @@ class Warmup:
             "metric": list(self.metric),
             "length": self.length and dict(vars(self.length)),
             "next_metric": self.next_metric,
-            "window_end": self.window_end,
+            "window": (self.window, self.end, self.level),
+            "moved": self.moved,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.count, self.next_metric = state["count"], state["next_metric"]
-        self.window_end = state["window_end"]
+        self.window, self.end, self.level = state["window"]
+        self.moved = state["moved"]
         vars(self.step).update(state["step"])
         if self.preconditioner is not None:
             self.preconditioner.restore(state["preconditioner"])
@@ -445,18 +495,17 @@ class Warmup:
     def update(self, before: State, state: State, info: Any, seen: list) -> None:
         """Take in a move of all chains, and what was seen on the way."""
         self.count += 1
-        late = self.num - max(self.num // 6, min(50, self.num // 3))
+        late = self.late
         if self.adapts_step:
             self.step.update(info.accept_prob.mean())
-        if self.count < late:
-            if self.preconditioner is not None:
-                self._condition(state)
-            if self.length is not None and seen:
-                center = before.position.mean(0)
-                if self.preconditioner is not None and self.preconditioner.mean is not None:
-                    center = self.preconditioner.mean
-                self.length.update(center, before.position, seen)
-        if self.count == self.window_end and self.count < late:
+        if self.preconditioner is not None and self.count < late:
+            self._condition(state)
+        if self.length is not None and seen:
+            center = before.position.mean(0)
+            if self.preconditioner is not None and self.preconditioner.mean is not None:
+                center = self.preconditioner.mean
+            self.length.update(center, before.position, seen)
+        if self.count == self.end and self.count < late:
             self._renew(state)
         if self.count == late and self.adapts_step:
             self.step.restart(self.step.step_size)
@@ -465,101 +514,43 @@ class Warmup:
         """Let the metric follow the chains."""
         assert self.preconditioner is not None
         self.preconditioner.update(state.position, state.grad)
-        if self.count >= self.next_metric:
-            self.metric = self.preconditioner.metric()
-            self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
+        if self.count < self.next_metric:
+            return
+        old, self.metric = type(self.metric), self.preconditioner.metric()
+        self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
+        if type(self.metric) is not old:
+            self._learn_anew()
 
-    def _renew(self, state: State) -> None:
-        """Forget the first half, and move chains that are lost."""
-        self.window_end *= 2
-        if self.preconditioner is not None:
-            self.preconditioner.renew()
+    def _learn_anew(self) -> None:
+        """Forget what was learned with another metric."""
         if self.length is not None:
             self.length.forget()
         if self.adapts_step:
             self.step.restart(self.step.step_size)
-        if self.count >= self.num // 10 and state.energy.dim() == 1:
-            self.source = rescue(state.energy, state.position.shape[-1])
+
+    def _renew(self, state: State) -> None:
+        """Forget what is older than a window, and look for chains that are lost."""
+        num_dims, num_chains = state.position.shape[-1], state.energy.shape[-1]
+        level = float(state.energy.sort(-1).values[..., (num_chains - 1) // 4].mean())
+        falling = level < self.level - 2.0 * math.sqrt(num_dims)
+        self.level = level
+        if not falling:
+            self.window *= 2
+        self.end = self.count + self.window
+        if self.preconditioner is not None:
+            self.preconditioner.renew()
+        self._learn_anew()
+        if falling and self.length is not None:
+            self.length.best = self.length.start
+        first = self.falling if falling else self.early
+        if self.count >= first * self.num and state.energy.dim() == 1:
+            self.source = rescue(state.energy, num_dims)
+            if self.source is not None:
+                same = torch.arange(num_chains, device=self.source.device)
+                lost = (self.source != same).nonzero()[:, 0].tolist()
+                self.moved += [(self.count, chain) for chain in lost]
 
     def moves(self) -> Tensor | None:
         """Return from which chain each is to go on after the last update, if from another."""
         source, self.source = self.source, None
         return source
-
-
-class Ladder(Warmup):
-    """Adapts a step size and a metric for each temperature, and the temperatures.
-
-    Args:
-        num: The moves of warm-up.
-        like: A point, ``(D,)``.
-        betas: The inverse temperatures to begin with, ``(K,)``.
-        **options: Those of :class:`Warmup`.
-
-    Example:
-        >>> betas = torch.tensor([0.1, 1.0])
-        >>> options = {"target": 0.8, "step_size": None, "adapt_step_size": True}
-        >>> Ladder(100, torch.zeros(2), betas, **options, metric=None, chees=False).adapted.betas
-        tensor([0.1000, 1.0000])
-    """
-
-    def __init__(self, num: int, like: Tensor, betas: Tensor, **options: Any) -> None:
-        super().__init__(num, like, **options)
-        self.betas = betas.to(like)
-        self.step.restart(self.step.step_size * self.betas.rsqrt())
-        self.metric = Diagonal(torch.ones_like(like).expand(len(betas), 1, -1).clone())
-        self.rejected = torch.zeros(len(betas) - 1, dtype=torch.double)
-        self.tried = torch.zeros(len(betas) - 1, dtype=torch.double)
-        self.next_ladder = max(10, num // 16)
-
-    @property
-    def adapted(self) -> Adapted:
-        return super().adapted._replace(betas=self.betas)
-
-    def hand_on(self, adapted: Adapted) -> None:
-        super().hand_on(adapted)
-        if adapted.betas is not None:
-            self.betas = adapted.betas
-
-    def state(self) -> dict[str, Any]:
-        own = ("betas", "rejected", "tried", "next_ladder")
-        return {**super().state(), **{name: getattr(self, name) for name in own}}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        for name in ("betas", "rejected", "tried", "next_ladder"):
-            setattr(self, name, state[name])
-
-    def update_levels(self, position: Tensor, grad: Tensor, accept: Tensor, swap: Tensor) -> None:
-        """Take in a move of all replicas.
-
-        Args:
-            position: Where they are, ``(K, C, D)``.
-            grad: The gradients there.
-            accept: The mean acceptance probabilities, ``(K,)``.
-            swap: The probabilities of the swaps, ``(K-1, C)``, NaN where none was tried.
-        """
-        self.count += 1
-        late = self.num - max(self.num // 6, min(50, self.num // 3))
-        if self.adapts_step:
-            self.step.update(accept)
-        if self.preconditioner is not None and 5 <= self.count < late:
-            self.preconditioner.update(position, grad)
-            if self.count >= self.next_metric:
-                metric = self.preconditioner.metric()
-                self.metric = Diagonal(metric.inverse_mass.unsqueeze(-2))
-                self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
-        self.rejected += (1.0 - swap).nansum(1).cpu()
-        self.tried += (~swap.isnan()).sum(1).cpu()
-        if self.next_ladder <= self.count < late:
-            self._respace()
-        if self.count == late and self.adapts_step:
-            self.step.restart(self.step.step_size)
-
-    def _respace(self) -> None:
-        """Put the temperatures at equal steps of the communication barrier."""
-        rejection = (self.rejected / self.tried.clamp(min=1.0)).clamp(0.0, 1.0)
-        self.betas = adapt_ladder(self.betas, rejection.to(self.betas))
-        self.rejected.zero_()
-        self.tried.zero_()
-        self.next_ladder = math.ceil(1.5 * self.count)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_ebm._engine import Eager as Engine
 from pyro_ebm._engine import Luck
-from pyro_ebm.adaptation import Adapted, Ladder, Length, Warmup
+from pyro_ebm._ladder import Ladder
+from pyro_ebm.adaptation import Adapted, Length, Warmup
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic, start
 from pyro_ebm.kernels.hmc import Chance, hmc, settle

@@ -11,8 +11,9 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
+from pyro_ebm._ladder import Ladder
 from pyro_ebm._potential import Potential
-from pyro_ebm.adaptation import Adapted, Ladder, Warmup
+from pyro_ebm.adaptation import Adapted, Warmup
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels import Kernel, hmc, nuts
