@@ -387,7 +387,14 @@ class Chains:
             (look[0][0], torch.cat([q for _, q, _ in look]), torch.cat([a for *_, a in look]))
             for look in zip(*looks, strict=True)
         ]
-        self.warmup.update(_joined(befores), _joined(states), info, seen)
+        state = _joined(states)
+        self.warmup.update(_joined(befores), state, info, seen)
+        source = self.warmup.moves()
+        if source is not None:
+            sizes = [len(block.state.energy) for block in self.blocks]
+            parts = zip(*(part[source].split(sizes) for part in state), strict=True)
+            for block, part in zip(self.blocks, parts, strict=True):
+                block.state = State(*part)
         return info
 
     def _warm_levels(self, move: Replica, moves: list) -> Any:
