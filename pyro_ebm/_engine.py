@@ -197,7 +197,7 @@ class Traced(Eager):
             metric, old = kind(*rest[:n]), State(*rest[n : n + 3])
             q, p, grad, value = rest[n + 3 :]
             new = State(q, value, grad)
-            state, info = settle(metric, old, p0, new, p, (size, num), accept)
+            state, info = settle(metric, old, p0, new, p, (size, count), accept)
             return *state, row(state.position, info)
 
         parts = (step_size, chance.noise, chance.jitter, *metric)

@@ -14,7 +14,8 @@ from pyro_ebm import _engine
 from pyro_ebm._binding import python_state
 from pyro_ebm._engine import Compiled, Eager, Traced, make_engine, why_not
 from pyro_ebm._potential import potential_of
-from pyro_ebm.kernels import Dense, Diagonal
+from pyro_ebm.kernels import Dense, Diagonal, State
+from pyro_ebm.kernels.hmc import Chance
 from tests.common import NUMERIC
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_ebm.ConvergenceWarning")
@@ -68,7 +69,7 @@ def draws(kernel, target, backend, warmup=8):
         disable_progbar=True,
     )
     mcmc.run()
-    samples = mcmc.get_samples(group_by_chain=True)
+    samples = {**mcmc.get_samples(group_by_chain=True), **mcmc.sample_stats}
     return torch.cat(
         [v.flatten(2) if v.dim() > 2 else v.unsqueeze(-1) for v in samples.values()], -1
     )
@@ -101,6 +102,18 @@ def test_trajectories_agree_and_are_counted(kind, metric):
         ends = [engine.integrate(metric(3), phase, step, num) for engine in engines]
         torch.testing.assert_close(ends[1], ends[0], **NUMERIC)
     assert engines[1].executed == engines[0].executed - 5  # the gradient above
+
+
+@pytest.mark.parametrize("kind", [Eager, Traced])
+def test_settings_that_change_reach_the_graph(kind):
+    engine, x = kind(banana), torch.randn(4, 3)
+    state = State(x, *engine.gradient(x))
+    for step, num in ((0.1, 3), (0.2, 2)):
+        chance = Chance(torch.randn(4, 3), torch.full((4,), 0.5), torch.rand(4))
+        setting = torch.tensor(step), 0.2, num
+        row = lambda q, info: torch.stack([info.step_size, info.num_steps.to(q)], -1)
+        _, rows = engine.draw(row, Diagonal(torch.ones(3)), state, chance, setting)
+        torch.testing.assert_close(rows, torch.tensor([[step, float(num)]] * 4), **NUMERIC)
 
 
 @pytest.mark.slow
