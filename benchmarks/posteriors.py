@@ -93,6 +93,7 @@ def main():
     parser.add_argument("--defaults", action="store_true", help="leave OPTIONS out")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # the graphs are small: threads only wait for each other
     if args.defaults:
         OPTIONS.clear()
     head = "posterior", "sampler", "mean error / sd", "sd error", "z", "R-hat", "divergences"

@@ -321,7 +321,7 @@ def feed(warmup, count):
 
 @pytest.mark.slow
 def test_a_warm_up_goes_on_from_a_checkpoint_with_the_same_bits():
-    make = lambda: Warmup(120, torch.zeros(3), **OPTIONS, metric="auto", chees=True)
+    make = lambda: Warmup(200, torch.zeros(3), **OPTIONS, metric="auto", chees=True)
     warmup = make()
     for count in range(63):
         feed(warmup, count)
@@ -332,15 +332,15 @@ def test_a_warm_up_goes_on_from_a_checkpoint_with_the_same_bits():
         file.seek(0)
         return torch.load(file, weights_only=True)
 
-    whole = [feed(warmup, count) for count in range(63, 120)]
+    whole = [feed(warmup, count) for count in range(63, 130)]
     assert whole[0][-2]  # chains were moved
     again = make()
     again.restore(saved())
-    assert [feed(again, count) for count in range(63, 120)] == whole
+    assert [feed(again, count) for count in range(63, 130)] == whole
     for key in saved():  # the planted faults: a part that is not kept
         other = make()
         other.restore({**saved(), key: make().state()[key]})
-        assert [feed(other, count) for count in range(63, 120)] != whole, key
+        assert [feed(other, count) for count in range(63, 130)] != whole, key
 
 
 def test_a_warm_up_of_one_chain_finds_the_scales():
