@@ -96,9 +96,8 @@ def diagnose(draws: Draws, stats: Draws) -> dict[str, Any]:
         chains = value if len(value) > 1 else value[0, : 2 * half].unflatten(0, (2, half))
         data = to_inference_data({"posterior": {"a": chains.detach().cpu().double().numpy()}})
         measures = {"n_eff": arviz.ess, "r_hat": arviz.rhat}
-        found[name] = {
-            key: torch.as_tensor(measure(data)["a"].values) for key, measure in measures.items()
-        }
+        with np.errstate(all="ignore"):  # of a constant they are NaN
+            found[name] = {k: torch.as_tensor(f(data)["a"].values) for k, f in measures.items()}
     found["divergences"] = {
         f"chain {i}": chain.nonzero()[:, 0].tolist() for i, chain in enumerate(stats["diverging"])
     }

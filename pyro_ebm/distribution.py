@@ -351,9 +351,9 @@ class GibbsBoltzmann(TorchDistribution):
 def unvalidated(base: Any) -> Any:
     """Return a base that does not check points again: chains touch the edge by rounding."""
     quiet = copy.copy(base)
-    quiet._validate_args = False
-    if hasattr(base, "base_dist"):
+    if hasattr(base, "base_dist"):  # first, since Pyro's Independent has the flag of its base
         quiet.base_dist = unvalidated(base.base_dist)
+    quiet._validate_args = False
     return quiet
 
 

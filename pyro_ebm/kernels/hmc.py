@@ -195,8 +195,8 @@ def settle(
     record = TrajectoryInfo(
         *info,
         hamiltonian=kept.energy + torch.where(info.accepted, after, before),
-        # An infinite wall rejects and is no fault of the integrator.
-        diverging=(error > MAX_ERROR) & new.energy.isfinite() | error.isnan(),
+        # An infinite wall rejects and is no fault of the integrator; infinite momenta are.
+        diverging=(error > MAX_ERROR) & (new.energy.isfinite() | after.isinf()) | error.isnan(),
         num_steps=torch.zeros_like(old.energy, dtype=torch.long) + spent[1],
         step_size=spent[0],
         proposal=new,

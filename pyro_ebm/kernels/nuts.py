@@ -186,7 +186,8 @@ def advance(
     step = (tree.step * tree.direction).unsqueeze(-1)
     q, p, grad, energy = leapfrog(gradient, metric, tuple(tree.moving), step)
     moving = torch.stack([q, p, grad])
-    error = energy + 0.5 * _dot(p, metric.velocity(p)) - tree.start_energy
+    motion = 0.5 * _dot(p, metric.velocity(p))
+    error = energy + motion - tree.start_energy
     invalid = energy.isnan() | (energy == -torch.inf) | error.isnan()
     error = torch.where(invalid, torch.inf, error)
 
@@ -246,7 +247,7 @@ def advance(
         num_steps=tree.num_steps + 1,
         step=tree.step,
         finished=stopped | done,
-        diverging=invalid | ((error > MAX_ERROR) & ~wall),
+        diverging=invalid | ((error > MAX_ERROR) & ~(wall & motion.isfinite())),
         invalid=invalid,
         unbounded=energy == -torch.inf,
     )
