@@ -18,8 +18,8 @@ Draws = dict[str, Tensor]
 CLIMB = 4.0
 """From its first quarter to its last a chain that runs away gains this many times its spread."""
 
-LOOKED_AT = 1000
-"""Warnings look at this many components of a site at most."""
+LOOKED_AT = 10**7
+"""Warnings look at this many numbers of a site at most, spread over its components."""
 
 
 def end_warnings(name: str, draws: Draws, stats: Draws) -> Iterator[str]:
@@ -82,8 +82,9 @@ def warn(messages: Iterator[str], stacklevel: int) -> None:
 
 def _some(value: Tensor) -> np.ndarray:
     flat = value.detach().flatten(2) if value.dim() > 3 else value.detach()
-    if flat.dim() > 2 and flat.shape[-1] > LOOKED_AT:
-        flat = flat[..., :: -(-flat.shape[-1] // LOOKED_AT)]
+    if flat.dim() > 2 and flat.numel() > LOOKED_AT:
+        most = max(1, LOOKED_AT // (flat.shape[0] * flat.shape[1]))
+        flat = flat[..., :: -(-flat.shape[-1] // most)]
     return flat.cpu().numpy()
 
 

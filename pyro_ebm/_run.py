@@ -150,7 +150,7 @@ class Run:
         engine = self.chains.engine
         while self.sink.count < self.plan.num_samples:
             clock, before = self._clock(), engine.executed
-            kept = self._take(self.chains.draw(min(ROWS, self._left())))
+            kept = self._take(self.chains.draw(min(self.chains.chunk, self._left())))
             bar.update(kept)
             self.times["sampling_s"] += self._clock() - clock
             self.executed["sampling"] += engine.executed - before

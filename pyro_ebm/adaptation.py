@@ -333,6 +333,7 @@ class Length:
     """
 
     memory = 0.95
+    large = 1 << 18
     start = 3
     most = 1.2
     patience = 5
@@ -345,6 +346,10 @@ class Length:
         """Forget what was seen with another metric; keep the number of steps for now."""
         self.sums: dict[int, Tensor] = {}
         self.count = 0
+
+    def share(self, x: Tensor) -> int:
+        """How many chains are looked at: all of them, unless points are large."""
+        return min(len(x), max(16, self.large // x.shape[-1]))
 
     @property
     def stages(self) -> list[int]:
@@ -504,7 +509,7 @@ class Warmup:
             center = before.position.mean(0)
             if self.preconditioner is not None and self.preconditioner.mean is not None:
                 center = self.preconditioner.mean
-            self.length.update(center, before.position, seen)
+            self.length.update(center, seen[0][1], seen[1:])
         if self.count == self.end and self.count < late:
             self._renew(state)
         if self.count == late and self.adapts_step:

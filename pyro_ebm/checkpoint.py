@@ -22,7 +22,22 @@ class CheckpointError(ValueError):
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file so that at any moment the old or the new one is there, whole."""
+    """Let ``write`` make a file so that at any moment the old or the new one is there, whole.
+
+    Args:
+        path: Where the file shall be; its folder is made.
+        write: Writes the file at the path that it is given, beside ``path``.
+
+    Raises:
+        OSError: If it cannot be written; an older file is unharmed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+        >>> write_whole(path, lambda part: part.write_text("whole"))
+        >>> path.read_text()
+        'whole'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:

@@ -19,10 +19,13 @@ from pyro_ebm.kernels.hmc import Chance, hmc, settle
 from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
 from pyro_ebm.kernels.tempering import TemperedState, tempered
 
-__all__ = ["Block", "Chains", "Hamiltonian", "NoUTurn", "Stream"]
+__all__ = ["Stream"]
 
 ROWS = 64
-"""Draws are handed on in chunks of this many, and no chain is farther ahead of the slowest."""
+"""Draws are handed on in chunks of this many at most, of fewer where they are large."""
+
+LARGE = 1 << 20
+"""The most numbers of a chunk, if it has more than one draw."""
 
 LOOKAHEAD = 16
 """Uniform random numbers for this many leapfrog steps of NUTS are drawn at once."""
@@ -85,7 +88,9 @@ class Block:
     def __init__(self, stream: Stream, state: Any, width: int) -> None:
         self.stream, self.state = stream, state
         like = state.energy
-        self.rows = like.new_zeros(len(like), 2 * ROWS, width)
+        # No chain is farther ahead of the slowest than a chunk.
+        self.chunk = min(ROWS, max(1, LARGE // (len(like) * width)))
+        self.rows = like.new_zeros(len(like), 2 * self.chunk, width)
         self.counts = torch.zeros(len(like), dtype=torch.long, device=like.device)
         self.tree: Tree | None = None
         self.uniforms: Tensor | None = None
@@ -186,18 +191,19 @@ class Hamiltonian(NamedTuple):
         momentum, size = self._throw(state, adapted)
         q, p, grad = state.position, momentum, state.grad
         before = state.energy + kinetic(metric, momentum, state.energy)
-        at, seen, ends = 0, [], {}
-        for num in length.stages:
+        at, num, some = 0, adapted.num_steps, length.share(q)
+        new, end = state, momentum
+        seen = [(0, q[:some], torch.ones_like(before[:some]))]
+        for stage in length.stages:
             step = size.unsqueeze(-1)
-            q, p, grad, value = engine.integrate(metric, (q, p, grad), step, num - at)
-            at = num
+            q, p, grad, value = engine.integrate(metric, (q, p, grad), step, stage - at)
+            at = stage
             error = value + kinetic(metric, p, value) - before
             accept = (-error).nan_to_num(-torch.inf).clamp(max=0.0).exp()
-            seen.append((num, q, accept))
-            ends[num] = State(q, value, grad), p
-        num = adapted.num_steps
-        new, p = ends[num]
-        return *settle(metric, state, momentum, new, p, (size, num)), seen
+            seen.append((stage, q[:some].clone(), accept[:some]))
+            if stage == num:
+                new, end = State(q, value, grad), p
+        return *settle(metric, state, momentum, new, end, (size, num)), seen
 
     def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
         """Draw until each chain has ``num`` rows."""
@@ -252,7 +258,7 @@ class NoUTurn(NamedTuple):
         try:
             while int(block.counts.min()) < num:
                 u = block.ahead(tree.step)
-                ready = tree.finished & (block.counts < block.counts.min() + ROWS)
+                ready = tree.finished & (block.counts < block.counts.min() + block.chunk)
                 luck = self._luck(tree, ready, u, block.used, adapted)
                 grown = engine.grow(_tree_row, adapted.metric, tables, tree, luck)
                 tree, block.used, done, rows = grown
@@ -421,6 +427,11 @@ class Chains:
         self.warmup.restore(state["warmup"])
         for block, parts in zip(self.blocks, state["blocks"], strict=True):
             block.restore(parts)
+
+    @property
+    def chunk(self) -> int:
+        """The most draws that can be asked for at once."""
+        return min(block.chunk for block in self.blocks)
 
     def draw(self, num: int) -> Tensor:
         """Draw ``num`` times from every chain: rows ``(C, num, D + stats)``."""

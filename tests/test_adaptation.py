@@ -312,7 +312,7 @@ def feed(warmup, count):
     energy[3] += 100.0 if count % 2 else 0.0
     grad = y @ torch.linalg.inv(covariance) + 0.1 * noise(16, 3)
     info = type("Info", (), {"accept_prob": torch.rand(16, generator=generator)})
-    seen = [(n, 0.9**n * x + noise(16, 3), torch.ones(16)) for n in (1, 2, 3)]
+    seen = [(n, 0.9**n * x + (n > 0) * noise(16, 3), torch.ones(16)) for n in (0, 1, 2, 3)]
     warmup.update(State(x, energy, grad), State(y, energy, grad), info, seen)
     adapted, source = warmup.adapted, warmup.moves()
     parts = [adapted.step_size, *adapted.metric, adapted.num_steps, adapted.moved, source]

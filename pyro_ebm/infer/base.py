@@ -273,6 +273,9 @@ class MALA(Sampler):
 
     default_accept = 0.574
 
+    def __init__(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(target, *args, **kwargs)
+
     @property
     def move(self) -> Move:
         return Hamiltonian(1, 0.0, self.step_jitter)

@@ -209,7 +209,10 @@ class MCMC:
             warmup.hand_on(self.warm)
         move = self.kernel.move_on(potential)
         width = potential.num_dims + len(STATS) + len(move.extra)
-        blocks = [Block(streams[i], move.start(engine, z, warmup.adapted), width) for i, z in points.items()]
+        blocks = [
+            Block(streams[i], move.start(engine, z, warmup.adapted), width)
+            for i, z in points.items()
+        ]
         self._warn_flat(potential, blocks)
         settings = self._settings(potential)
         plan = Plan(self.num_samples, self.warmup_steps, self.thin, self.checkpoint, settings)

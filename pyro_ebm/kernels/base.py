@@ -171,7 +171,8 @@ class Diagonal(NamedTuple):
 class Dense(NamedTuple):
     r"""A metric with all of :math:`M^{-1}`, ``(D, D)``, for events of shape ``(D,)``.
 
-    ``inverse_factor`` is the inverse of its lower Cholesky factor.
+    Make it by :meth:`of`. ``inverse_mass`` is the matrix, ``inverse_factor`` the inverse of its
+    lower Cholesky factor.
     """
 
     inverse_mass: Tensor
