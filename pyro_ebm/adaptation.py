@@ -418,7 +418,7 @@ class Warmup:
     Example:
         >>> energy = lambda x: 0.5 * (x / torch.tensor([1.0, 1000.0])).square().sum(-1)
         >>> mcmc = ebm.MCMC(
-        ...     ebm.ChEES(energy, ebm.Flat((2,))), 100, 200, num_chains=64, disable_progbar=True
+        ...     ebm.ChEES(energy, ebm.Flat((2,))), 500, 200, num_chains=64, disable_progbar=True
         ... )
         >>> mcmc.run()
         >>> mcmc.adapted.metric.inverse_mass.sqrt().log10().round()

@@ -147,7 +147,7 @@ def adapt(make):
         move, warmup = sampler.move, sampler.warmup(2 * WARMUP, start[0])
         engine = Eager(energy)
         width = start.shape[-1] + len(STATS) + len(move.extra)
-        block = Block(Stream(0, 0, start.device), move.start(engine, start), width)
+        block = Block(Stream(0, 0, start.device), move.start(engine, start, warmup.adapted), width)
         chains = Chains(move, engine, warmup, [block])
         for _ in range(2 * WARMUP):
             chains.warm()

@@ -144,13 +144,14 @@ class NUTS(Sampler):
         | https://arxiv.org/abs/1111.4246
 
     Example:
-        >>> def model():
-        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        ...     pyro.sample("x", dist.Normal(0.0, scale))
-        >>> mcmc = ebm.MCMC(ebm.NUTS(model), 200, num_chains=4, disable_progbar=True)
-        >>> mcmc.run()
-        >>> mcmc.get_samples(group_by_chain=True)["x"].shape
-        torch.Size([4, 200])
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("n", len(y)):
+        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> mcmc = ebm.MCMC(ebm.NUTS(model), 1000, num_chains=4, disable_progbar=True)
+        >>> mcmc.run(torch.tensor([-1.0, 0.5, 2.0]))
+        >>> mcmc.get_samples(group_by_chain=True)["mean"].shape
+        torch.Size([4, 1000])
     """
 
     def __init__(self, target: Any, *args: Any, max_tree_depth: int = 10, **kwargs: Any) -> None:
@@ -227,10 +228,10 @@ class ChEES(Sampler):
 
     Example:
         >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square().sum(-1), ebm.Flat((2,)))
-        >>> mcmc = ebm.MCMC(ebm.ChEES(d), 200, num_chains=64, disable_progbar=True)
+        >>> mcmc = ebm.MCMC(ebm.ChEES(d), 500, num_chains=64, disable_progbar=True)
         >>> mcmc.run()
         >>> mcmc.get_samples()["x"].shape
-        torch.Size([12800, 2])
+        torch.Size([32000, 2])
     """
 
     chees = True
@@ -311,7 +312,8 @@ class Tempered(Sampler):
 
     Example:
         >>> wells = lambda x: 8.0 * (x.square() - 1.0).square().sum(-1)
-        >>> kernel = ebm.Tempered(wells, ebm.Flat((1,)), num_temperatures=5)
+        >>> base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        >>> kernel = ebm.Tempered(wells, base, num_temperatures=5, target_accept_prob=0.95)
         >>> mcmc = ebm.MCMC(kernel, 500, num_chains=32, disable_progbar=True)
         >>> mcmc.run()
         >>> bool((mcmc.get_samples()["x"] > 0).float().mean().sub(0.5).abs() < 0.05)
