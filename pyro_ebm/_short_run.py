@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels.base import State
@@ -20,6 +20,8 @@ def unconstrained(potential: Energy, transform: Transform, event_dim: int) -> En
 
     .. math:: U(z) = U_x(T(z)) - \log |\det \partial T / \partial z|
     """
+    if is_identity(transform):
+        return potential
 
     def pulled(z: Tensor) -> Tensor:
         x = transform(z)
@@ -28,6 +30,13 @@ def unconstrained(potential: Energy, transform: Transform, event_dim: int) -> En
         return potential(x) - (jacobian.flatten(-spare).sum(-1) if spare > 0 else jacobian)
 
     return pulled
+
+
+def is_identity(transform: Transform) -> bool:
+    """Whether a transform changes nothing, as that of the reals."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def adapt(log_step: Tensor, accept_prob: Tensor, i: int) -> Tensor:
