@@ -56,7 +56,7 @@ class Run:
         self.keeping = False
         self._saved_at, self._save_cost = time.perf_counter(), 0.0
         rows = chains.blocks[0].rows
-        num = sum(len(block.rows) for block in chains.blocks)
+        num = sum(len(block.counts) for block in chains.blocks)
         self.none = self._named(rows.new_empty(num, 0, rows.shape[-1]))
         self.sink = Memory(plan.num_samples, self.none)
 

@@ -333,7 +333,7 @@ class Length:
     """
 
     memory = 0.95
-    large = 1 << 18
+    large = 1 << 14
     start = 3
     most = 1.2
     patience = 5

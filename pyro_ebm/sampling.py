@@ -90,7 +90,7 @@ class Block:
         like = state.energy
         # No chain is farther ahead of the slowest than a chunk.
         self.chunk = min(ROWS, max(1, LARGE // (len(like) * width)))
-        self.rows = like.new_zeros(len(like), 2 * self.chunk, width)
+        self.rows = like.new_zeros(2 * self.chunk, len(like), width)
         self.counts = torch.zeros(len(like), dtype=torch.long, device=like.device)
         self.tree: Tree | None = None
         self.uniforms: Tensor | None = None
@@ -124,8 +124,9 @@ class Block:
 
     def take(self, num: int) -> Tensor:
         """Hand on the first ``num`` rows of each chain."""
-        taken = self.rows[:, :num].clone()
-        self.rows = torch.roll(self.rows, -num, 1)
+        taken = self.rows[:num].transpose(0, 1).contiguous()
+        if int(self.counts.max()) > num:
+            self.rows = torch.roll(self.rows, -num, 0)
         self.counts = self.counts - num
         return taken
 
@@ -213,7 +214,7 @@ class Hamiltonian(NamedTuple):
             noise = torch.randn_like(block.state.position)
             chance = Chance(noise, *torch.rand(2, len(noise), device=noise.device).to(noise))
             drawn = engine.draw(_row, adapted.metric, block.state, chance, setting)
-            block.state, block.rows[:, i] = drawn
+            block.state, block.rows[i] = drawn
             block.counts = block.counts + 1
 
 
@@ -263,7 +264,7 @@ class NoUTurn(NamedTuple):
                 grown = engine.grow(_tree_row, adapted.metric, tables, tree, luck)
                 tree, block.used, done, rows = grown
                 at = done.nonzero()[:, 0]
-                block.rows[at, block.counts[at]] = rows[at]
+                block.rows[block.counts[at], at] = rows[at]
                 block.counts = block.counts + done
         finally:  # an interrupted run keeps its trees
             block.tree = tree
@@ -351,7 +352,7 @@ class Replica(NamedTuple):
         for i in range(int(block.counts[0]), num):
             block.state, (record, _) = self.step(engine, block.state, adapted)
             row = _row(block.state.position, record, ("round_trips",))
-            block.rows[:, i] = torch.cat([row, record.swap_prob.T.to(row)], -1)
+            block.rows[i] = torch.cat([row, record.swap_prob.T.to(row)], -1)
             block.counts = block.counts + 1
 
 

@@ -172,3 +172,77 @@ def test_arguments_out_of_range_are_refused(options, message):
 def test_energy_and_path_exclude_each_other():
     with pytest.raises(ValueError, match="energy or path"):
         tempered(lambda u: hmc(u, 0.1, 1), ring, BETAS, path=mixed)
+
+
+def short(num_samples, tmp_path=None, **options):
+    pyro.set_rng_seed(7)
+    target = ebm.GibbsBoltzmann(ring, ebm.Flat((2,)))
+    checkpoint = None if tmp_path is None else tmp_path / "run.ckpt"
+    mcmc = ebm.MCMC(
+        ebm.Tempered(target, num_temperatures=3),
+        num_samples,
+        30,
+        num_chains=4,
+        disable_progbar=True,
+        checkpoint=checkpoint,
+        **options,
+    )
+    mcmc.run()
+    return mcmc
+
+
+def test_two_halves_are_one_run():
+    whole, halves = short(20), short(8)
+    halves.extend(12)
+    assert torch.equal(whole.get_samples()["x"], halves.get_samples()["x"])
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    whole = short(20)
+    short(8, tmp_path)
+    resumed = short(20, tmp_path)
+    assert torch.equal(whole.get_samples()["x"], resumed.get_samples()["x"])
+
+
+def test_a_run_killed_in_warm_up_has_the_same_bits(tmp_path, monkeypatch):
+    whole, update = short(20), Ladder.update_levels
+
+    def stop(self, *args):
+        update(self, *args)
+        if self.count == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ladder, "update_levels", stop)
+        short(20, tmp_path)
+    resumed = short(20, tmp_path)
+    assert torch.equal(whole.get_samples()["x"], resumed.get_samples()["x"])
+
+
+def test_a_block_alone_is_the_block_of_all():
+    whole = short(6, block_size=2)
+    warm = whole.adapted
+    pyro.set_rng_seed(3)
+    points = {"x": torch.randn(4, 2)}
+    target = ebm.GibbsBoltzmann(ring, ebm.Flat((2,)))
+
+    def run_blocks(blocks):
+        pyro.set_rng_seed(3)
+        kernel = ebm.Tempered(target, num_temperatures=3)
+        mcmc = ebm.MCMC(
+            kernel,
+            6,
+            0,
+            points,
+            4,
+            block_size=2,
+            blocks=blocks,
+            warm=warm,
+            disable_progbar=True,
+        )
+        mcmc.run()
+        return mcmc.get_samples(group_by_chain=True)["x"]
+
+    every = run_blocks(None)
+    assert torch.equal(run_blocks([1]), every[2:])
+    assert not torch.equal(every[:2], every[2:])
