@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm._binding import python_state
 from pyro_ebm.energy import Energy, value_and_grad
-from pyro_ebm.kernels.base import Metric, State
+from pyro_ebm.kernels.base import Metric, State, jittered, leapfrog
 from pyro_ebm.kernels.hmc import Chance, move, settle, trajectory
 from pyro_ebm.kernels.nuts import Tree, advance, begin, harvest
 
@@ -46,7 +46,7 @@ class Luck(NamedTuple):
 
 def renewed(tree: Tree, metric: Metric, luck: Luck) -> Tree:
     """Start trees anew where they are ready."""
-    size = luck.step_size * (1.0 + luck.share * (2.0 * luck.jitter - 1.0))
+    size = jittered(luck.step_size, luck.share, luck.jitter)
     return begin(tree, luck.ready, metric, metric.of_noise(luck.noise), size, luck.coin)
 
 
@@ -176,7 +176,7 @@ class Traced(Eager):
                 for i in range(num):
                     last = weight if i + 1 == num else step
                     q, p, grad, value = graph(q, p, step, last, *metric)
-        except Exception:
+        except Exception:  # as above
             return super().integrate(metric, phase, step, num)
         self.executed += num * len(step)
         return q, p, grad, value
@@ -188,8 +188,7 @@ class Traced(Eager):
         kind, n = type(metric), len(metric)
 
         def throw(step_size: Tensor, noise: Tensor, jitter: Tensor, *shape: Tensor) -> tuple:
-            size = step_size * (1.0 + share * (2.0 * jitter - 1.0))
-            return kind(*shape).of_noise(noise), size
+            return kind(*shape).of_noise(noise), jittered(step_size, share, jitter)
 
         def finish(
             count: Tensor, accept: Tensor, size: Tensor, p0: Tensor, *rest: Tensor
@@ -222,7 +221,7 @@ class Traced(Eager):
             graph = self._graph(("grow", type(metric)), grow, parts)
             with torch.no_grad():
                 return Tree(*graph(*parts))
-        except Exception:
+        except Exception:  # as above
             return super()._step(metric, tables, tree, u)
 
 
@@ -364,10 +363,8 @@ def looped_trajectory(gradient: Any) -> Callable[..., Any]:
             return i < num
 
         def once(i: Tensor, q: Tensor, p: Tensor, grad: Tensor, value: Tensor) -> tuple:
-            p = p - 0.5 * step * grad
-            q = q + step * metric.velocity(p)
-            value, grad = gradient(q)
-            return i + 1, q, p - 0.5 * step * grad, grad.clone(), value.clone()
+            q, p, grad, value = leapfrog(gradient, metric, (q, p, grad), step)
+            return i + 1, q, p, grad.clone(), value.clone()
 
         begin = torch.zeros_like(num), *(part.clone() for part in phase), phase[0].sum(-1)
         _, q, p, grad, value = while_loop(unfinished, once, begin)
@@ -387,7 +384,7 @@ def unpacked(integrate: Any, kind: type) -> Callable[..., Any]:
 
 def looped_advance(gradient: Any, kind: type, width: int) -> Callable[..., Any]:
     """Make a function that grows trees until one is finished, as one loop."""
-    from torch._higher_order_ops.while_loop import while_loop  # noqa: PLC0415
+    from torch._higher_order_ops.while_loop import while_loop  # noqa: PLC0415 - as above
 
     def grow(first: Tensor, u: Tensor, paused: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         metric, tables = kind(*parts[:width]), parts[width : width + 2]

@@ -105,7 +105,7 @@ class Stream(Memory):
         super().restore(state)
         if not self.count:
             return
-        import zarr  # noqa: PLC0415
+        import zarr  # noqa: PLC0415 - an extra, for who streams
 
         for name, array in zarr.open_group(str(self.path), mode="r+").arrays():
             shape = array.shape

@@ -29,6 +29,8 @@ class Ladder(Warmup):
         tensor([0.1000, 1.0000])
     """
 
+    own = ("betas", "rejected", "tried", "next_ladder")
+
     def __init__(self, num: int, like: Tensor, betas: Tensor, **options: Any) -> None:
         super().__init__(num, like, **options)
         self.betas = betas.to(like)
@@ -48,12 +50,11 @@ class Ladder(Warmup):
             self.betas = adapted.betas
 
     def state(self) -> dict[str, Any]:
-        own = ("betas", "rejected", "tried", "next_ladder")
-        return {**super().state(), **{name: getattr(self, name) for name in own}}
+        return {**super().state(), **{name: getattr(self, name) for name in self.own}}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        for name in ("betas", "rejected", "tried", "next_ladder"):
+        for name in self.own:
             setattr(self, name, state[name])
 
     def update_levels(self, position: Tensor, grad: Tensor, accept: Tensor, swap: Tensor) -> None:
@@ -66,10 +67,9 @@ class Ladder(Warmup):
             swap: The probabilities of the swaps, ``(K-1, C)``, NaN where none was tried.
         """
         self.count += 1
-        late = self.num - max(self.num // 6, min(50, self.num // 3))
         if self.adapts_step:
             self.step.update(accept)
-        if self.preconditioner is not None and 5 <= self.count < late:
+        if self.preconditioner is not None and 5 <= self.count < self.late:
             self.preconditioner.update(position, grad)
             if self.count >= self.next_metric:
                 metric = self.preconditioner.metric()
@@ -77,13 +77,14 @@ class Ladder(Warmup):
                 self.next_metric = max(self.count + 1, math.ceil(1.05 * self.count))
         self.rejected += (1.0 - swap).nansum(1).cpu()
         self.tried += (~swap.isnan()).sum(1).cpu()
-        if self.next_ladder <= self.count < late:
+        if self.next_ladder <= self.count < self.late:
             self._respace()
-        if self.count == late and self.adapts_step:
+        if self.count == self.late and self.adapts_step:
             self.step.restart(self.step.step_size)
 
     def _respace(self) -> None:
         """Put the temperatures at equal steps of the communication barrier."""
+        # A pair that was not tried counts as never rejected; rounding may leave the unit interval.
         rejection = (self.rejected / self.tried.clamp(min=1.0)).clamp(0.0, 1.0)
         self.betas = adapt_ladder(self.betas, rejection.to(self.betas))
         self.rejected.zero_()

@@ -127,8 +127,6 @@ def potential_of(target: Any, args: tuple, kwargs: dict[str, Any]) -> Potential:
     """
     if isinstance(target, GibbsBoltzmann):
         return _of_distribution(target)
-    if isinstance(target, Potential):
-        return target
     if not callable(target):
         got = type(target).__name__
         raise TypeError(f"target must be a GibbsBoltzmann or a Pyro model, got {got}")

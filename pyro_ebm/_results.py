@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._arviz import _import_arviz, to_inference_data
+from pyro_ebm._keep import Draws
 from pyro_ebm.diagnostics import ConvergenceWarning, convergence_warnings
-
-Draws = dict[str, Tensor]
 
 CLIMB = 4.0
 """From its first quarter to its last a chain that runs away gains this many times its spread."""

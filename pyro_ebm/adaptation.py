@@ -68,6 +68,7 @@ class DualAveraging:
         """Take in the mean acceptance probability of a move."""
         self.count += 1
         t = self.count
+        # What is not a number was not accepted.
         self.total = self.total + (self.target - accept_prob.nan_to_num(0.0))
         self.log_step = self.center - self.total * math.sqrt(t) / (self.gamma * (t + self.offset))
         weight = t**-self.decay
@@ -369,10 +370,11 @@ class Length:
                 probabilities.
         """
         x = start - center
-        x = torch.stack([x, x.square() - x.square().mean(0)])
+        spread = x.square().mean(0)
+        x = torch.stack([x, x.square() - spread])
         for num, q, accept in ends:
             y = q - center
-            y = torch.stack([y, y.square() - (start - center).square().mean(0)])
+            y = torch.stack([y, y.square() - spread])
             a = torch.where(y.isfinite().all(-1).all(0), accept, 0.0)[:, None]
             y = torch.where(a > 0, y, 0.0)
             # How far a chain is moved, and how far it could be: (1 - rho) is their ratio.
@@ -387,6 +389,7 @@ class Length:
     def _argmax(self) -> int:
         def rate(num: int) -> float:
             moved, spread = self.sums[num]
+            # At least a little: noise may say that a trajectory goes backwards.
             gap = (moved / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(1e-3, self.most)
             mean, square = (gap / (2.0 - gap)).min(-1).values.tolist()
             return math.sqrt(mean * square) / num

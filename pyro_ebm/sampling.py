@@ -14,7 +14,7 @@ from pyro_ebm._engine import Luck
 from pyro_ebm._ladder import Ladder
 from pyro_ebm.adaptation import Adapted, Length, Warmup
 from pyro_ebm.energy import Energy
-from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic, start
+from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic, placed, start
 from pyro_ebm.kernels.hmc import Chance, hmc, settle
 from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
 from pyro_ebm.kernels.tempering import TemperedState, tempered
@@ -358,9 +358,7 @@ class Replica(NamedTuple):
 
 def start_with(engine: Engine, z: Tensor) -> State:
     """Evaluate chains; where the energy is not finite the gradient is zero."""
-    value, grad = engine.gradient(z)
-    finite = value.isfinite().unsqueeze(-1) & grad.isfinite()
-    return State(z, value, torch.where(finite, grad, 0.0))
+    return placed(z, *engine.gradient(z))
 
 
 Move = Hamiltonian | NoUTurn | Replica
@@ -371,7 +369,6 @@ class Chains:
 
     def __init__(self, move: Move, engine: Engine, warmup: Warmup, blocks: list[Block]) -> None:
         self.move, self.engine, self.warmup, self.blocks = move, engine, warmup, blocks
-        self.adapted: Adapted | None = None
 
     def warm(self) -> Any:
         """Move all chains once and adapt."""

@@ -1,4 +1,4 @@
-"""Exact laws and tolerances: the only place with numbers."""
+"""Exact laws, small energies and tolerances: the only place with numbers."""
 
 import arviz as az
 import torch
@@ -7,6 +7,18 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}  # one number by two formulas, float64
 NUMERIC = {"rtol": 1e-6, "atol": 1e-8}  # against finite differences or quadrature
 FALSE_ALARM = 1e-6  # least p-value of a statistical test of independent draws
 FAR = 5.0  # standard errors between a mean and the truth
+
+
+def gaussian(x):
+    return 0.5 * x.square().sum(-1)
+
+
+def double_well(x):
+    return (x.square() - 1.0).square().sum(-1)
+
+
+def walled(x):
+    return torch.where(x[..., 0] > 0, x[..., 0], torch.inf)
 
 
 class Line:

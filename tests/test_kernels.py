@@ -16,20 +16,7 @@ from pyro_ebm.kernels import (
     underdamped,
 )
 from pyro_ebm.kernels.base import metropolis, start
-from tests.common import EXACT, FALSE_ALARM, FAR, Line
-
-
-def gaussian(x):
-    return 0.5 * x.square().sum(-1)
-
-
-def double_well(x):
-    return (x.square() - 1.0).square().sum(-1)
-
-
-def walled(x):
-    return torch.where(x[..., 0] > 0, x[..., 0], torch.inf)
-
+from tests.common import EXACT, FALSE_ALARM, FAR, Line, double_well, gaussian, walled
 
 BETAS = torch.tensor([0.4, 1.0])
 DATA = torch.linspace(-1.0, 1.0, 5)

@@ -17,20 +17,7 @@ from pyro_ebm.kernels import (
     tempering,
     underdamped,
 )
-from tests.common import EXACT, FALSE_ALARM, FAR, NUMERIC, Line
-
-
-def gaussian(x):
-    return 0.5 * x.square().sum(-1)
-
-
-def double_well(x):
-    return (x.square() - 1.0).square().sum(-1)
-
-
-def walled(x):
-    return torch.where(x[..., 0] > 0, x[..., 0], torch.inf)
-
+from tests.common import EXACT, FALSE_ALARM, FAR, NUMERIC, Line, double_well, gaussian, walled
 
 BETAS = torch.tensor([0.15, 0.4, 1.0], dtype=torch.float64)
 INNER = {

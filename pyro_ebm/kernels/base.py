@@ -57,9 +57,13 @@ def start(energy: Energy, position: Tensor) -> State:
     Where the energy is not finite the gradient is zero, so that a chain behind a wall can
     still propose a way out; the acceptance step stays exact.
     """
-    value, grad = value_and_grad(energy, position)
+    return placed(position.detach(), *value_and_grad(energy, position))
+
+
+def placed(position: Tensor, value: Tensor, grad: Tensor) -> State:
+    """Make the state that :func:`start` describes of energies and gradients."""
     finite = expand_like(value.isfinite(), grad) & grad.isfinite()
-    return State(position.detach(), value, torch.where(finite, grad, 0.0))
+    return State(position, value, torch.where(finite, grad, 0.0))
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
@@ -244,6 +248,13 @@ def flattened(metric: Metric | None, x: Tensor) -> Metric:
     return Diagonal(metric.inverse_mass.flatten()) if metric.inverse_mass.dim() else metric
 
 
-def jittered(step: Tensor, jitter: float) -> Tensor:
-    """Draw a step size per chain, uniform within a share ``jitter`` of ``step``."""
-    return step * (1.0 + jitter * (2.0 * torch.rand_like(step) - 1.0)) if jitter else step
+def jittered(step: Tensor, jitter: float, u: Tensor | None = None) -> Tensor:
+    """Draw a step size per chain, uniform within a share ``jitter`` of ``step``.
+
+    ``u`` are uniform random numbers, ``(*chains,)``; by default they are drawn here, if needed.
+    """
+    if u is None:
+        if not jitter:
+            return step
+        u = torch.rand_like(step)
+    return step * (1.0 + jitter * (2.0 * u - 1.0))

@@ -172,7 +172,7 @@ def move(
     """
     step_size, step_jitter, num = setting
     momentum = metric.of_noise(chance.noise)
-    size = step_size * (1.0 + step_jitter * (2.0 * chance.jitter - 1.0))
+    size = jittered(step_size, step_jitter, chance.jitter)
     phase = (state.position, momentum, state.grad)
     q, p, grad, value = integrate(metric, phase, expand_like(size, state.position), num)
     return settle(metric, state, momentum, State(q, value, grad), p, (size, num), chance.accept)
