@@ -26,11 +26,36 @@ class LogPartition(NamedTuple):
     ess: Tensor
 
 
+class Points(NamedTuple):
+    r"""Points that stand for a measure: :math:`\int f(x) \, b(x) \, dx \approx \sum_i m_i f(x_i)`.
+
+    ``x`` is ``(n, *batch, *event)``, its batch perhaps of ones, ``log_measure`` the logs of the
+    :math:`m_i`, which broadcast to ``(n, *batch)``. Neither depends on beta or on parameters of
+    the energy.
+    """
+
+    x: Tensor
+    log_measure: Tensor
+
+
+class Weighted(NamedTuple):
+    r"""Points that stand for a density: :math:`\int f b e^{-\beta E} \approx \sum_i w_i f(x_i)`.
+
+    ``x`` is ``(n, *batch, *event)``, its batch perhaps of ones, ``log_weight`` ``(n, *batch)``
+    the logs of the :math:`w_i`, whose sum is Z.
+    """
+
+    x: Tensor
+    log_weight: Tensor
+
+
 class Method(Protocol):
     """What a method for log Z gives.
 
     ``value`` is ``"exact"``, ``"estimated"``, ``"bound"`` or ``"none"``; ``gradient`` is
-    ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused.
+    ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused. A method
+    whose value is one has the ``bound``, ``"lower"`` or ``"upper"``. Methods that have them give
+    ``points(d)``, :class:`Points`, and ``weighted(d)``, :class:`Weighted`.
     """
 
     @property
@@ -90,6 +115,37 @@ def from_weights(log_weights: Tensor) -> LogPartition:
         ess = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
         std_error = ((1 / ess - 1 / n).clamp(min=0.0) * n / max(n - 1, 1)).sqrt()
     return LogPartition(value, std_error, ess)
+
+
+def weigh(d: GibbsBoltzmann, points: Points) -> Weighted:
+    r"""Weigh the points of a measure by :math:`\exp(-\beta E)`, differentiably."""
+    energy, log_measure = torch.broadcast_tensors(d._energy_at(points.x), points.log_measure)
+    wall = (energy == torch.inf) | (log_measure == -torch.inf)
+    tilted = log_measure - d.beta * torch.where(wall, 0.0, energy)
+    return Weighted(points.x, torch.where(wall, -torch.inf, tilted))
+
+
+def surrogate(d: GibbsBoltzmann, value: Tensor, particles: Weighted) -> Tensor:
+    r"""Give an estimate of log Z the gradient :math:`-\sum_i \bar w_i \nabla_\theta U(x_i)`."""
+    value = value.detach()
+    if not torch.is_grad_enabled():
+        return value
+    share = torch.softmax(particles.log_weight.detach(), 0)
+    potential = d.potential(particles.x.detach())
+    mean = (share * torch.where(share > 0, potential, 0.0)).sum(0)
+    return value - (mean - mean.detach())
+
+
+def systematic(weight: Tensor) -> Tensor:
+    """Return rows drawn in proportion to weights, with one uniform number per batch element."""
+    n = len(weight)
+    at = (
+        torch.arange(n, device=weight.device).reshape(-1, *[1] * (weight.dim() - 1))
+        + torch.rand_like(weight[:1])
+    ) / n
+    edges = weight.cumsum(0).movedim(0, -1).contiguous()
+    places = at.expand_as(weight).movedim(0, -1).contiguous().to(edges)
+    return torch.searchsorted(edges, places).clamp(max=n - 1).movedim(-1, 0)
 
 
 def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:

@@ -20,7 +20,7 @@ from pyro_ebm.energy import Energy
 from pyro_ebm.flat import values_of
 from pyro_ebm.kernels.base import Kernel, expand_like
 from pyro_ebm.kernels.langevin import mala, ula
-from pyro_ebm.partition.base import LogPartition, from_weights, needs_value
+from pyro_ebm.partition.base import LogPartition, from_weights, needs_value, systematic
 
 
 class Negatives(NamedTuple):
@@ -228,7 +228,7 @@ class Contrastive:
         log_weight = torch.where(log_weight.isnan(), -torch.inf, log_weight)
         value, error, ess = from_weights(log_weight)
         low = ess < len(log_weight) / 2
-        rows = _systematic(torch.softmax(log_weight, 0))
+        rows = systematic(torch.softmax(log_weight, 0))
         wide = expand_like(rows, chains.position).expand_as(chains.position)
         resampled = chains.position.gather(0, wide)
         return chains._replace(
@@ -256,18 +256,6 @@ class Contrastive:
         self.accept_rate = float(torch.stack(rates).mean())
         position, energy = state.position, state.energy
         return chains._replace(position=position, potential=energy, log_step=log_step, age=age)
-
-
-def _systematic(weight: Tensor) -> Tensor:
-    """Return rows drawn in proportion to weights, with one uniform number per batch element."""
-    n = len(weight)
-    at = (
-        torch.arange(n, device=weight.device).reshape(-1, *[1] * (weight.dim() - 1))
-        + torch.rand_like(weight[:1])
-    ) / n
-    edges = weight.cumsum(0).movedim(0, -1).contiguous()
-    places = at.expand_as(weight).movedim(0, -1).contiguous().to(edges)
-    return torch.searchsorted(edges, places).clamp(max=n - 1).movedim(-1, 0)
 
 
 def _check_options(num_chains: int, num_steps: int, start: str, restart: float) -> None:

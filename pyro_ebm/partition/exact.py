@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.partition.base import LogPartition, deterministic
+from pyro_ebm.partition.base import LogPartition, Points, Weighted, deterministic, weigh
 
 
 class Exact:
@@ -33,9 +33,18 @@ class Exact:
     value = "exact"
     gradient = "exact"
 
+    def points(self, d: GibbsBoltzmann) -> Points:
+        """Return all states, with the measure of the base."""
+        x = d.enumerate_support(expand=False)
+        return Points(x, d._measure.log_prob(x))
+
+    def weighted(self, d: GibbsBoltzmann) -> Weighted:
+        """Return all states with their weights."""
+        return weigh(d, self.points(d))
+
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return log Z."""
-        return (-d.potential(d.enumerate_support(expand=False))).logsumexp(0)
+        return self.weighted(d).log_weight.logsumexp(0)
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return log Z with a standard error of zero."""
@@ -107,7 +116,7 @@ class Quadrature:
         like = d.floating()
         return grid.to(like), log_weight.to(like)
 
-    def _log_z(self, d: GibbsBoltzmann, n: int) -> Tensor:
+    def _points(self, d: GibbsBoltzmann, n: int) -> Points:
         grid, log_weight = self._nodes(d, n)
         if d._validate_args and not d.support.check(grid).all():
             raise ValueError(
@@ -115,15 +124,26 @@ class Quadrature:
                 f"{self.high}"
             )
         ones = (1,) * len(d.batch_shape)
-        potential = d.potential(grid.reshape(len(grid), *ones, *d.event_shape))
-        return (log_weight.reshape(-1, *ones) - potential).logsumexp(0)
+        grid = grid.reshape(len(grid), *ones, *d.event_shape)
+        return Points(grid, log_weight.reshape(-1, *ones) + d._measure.log_prob(grid))
+
+    def points(self, d: GibbsBoltzmann) -> Points:
+        """Return the grid, with the weights of the rule times the base."""
+        return self._points(d, self.num_points)
+
+    def weighted(self, d: GibbsBoltzmann) -> Weighted:
+        """Return the grid with its weights."""
+        return weigh(d, self.points(d))
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return log Z."""
-        return self._log_z(d, self.num_points)
+        return self.weighted(d).log_weight.logsumexp(0)
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return log Z, with the difference to half the points as its error."""
         value = self.log_z(d)
         with torch.no_grad():
-            return deterministic(value, (value - self._log_z(d, self.num_points // 2)).abs())
+            return deterministic(value, (value - self._coarse(d)).abs())
+
+    def _coarse(self, d: GibbsBoltzmann) -> Tensor:
+        return weigh(d, self._points(d, self.num_points // 2)).log_weight.logsumexp(0)

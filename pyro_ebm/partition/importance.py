@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
-from pyro_ebm.partition.base import LogPartition, from_weights, needs_value, warn_low_ess
+from pyro_ebm.partition.base import (
+    LogPartition,
+    Points,
+    Weighted,
+    from_weights,
+    needs_value,
+    warn_low_ess,
+    weigh,
+)
 
 
 class Importance:
@@ -71,15 +79,20 @@ class Importance:
             torch.manual_seed(self._seed)
             return proposal.sample((self.num_particles,))
 
-    def _log_weights(self, d: GibbsBoltzmann) -> Tensor:
+    def points(self, d: GibbsBoltzmann) -> Points:
+        """Return the particles, weighed by the base over the proposal."""
         with torch.no_grad():
             x = self._draw(d)
             ones = len(d.batch_shape) - (x.dim() - 1 - d.event_dim)
             x = x.reshape(len(x), *[1] * max(ones, 0), *x.shape[1:])
             log_q = self._log_proposal(d, x)
             inside = d.support.check(x)
-        log_weights = -d.potential(x) - log_q
-        return torch.where(inside, log_weights, -torch.inf)
+        log_measure = d._measure.log_prob(x) - log_q - math.log(len(x))
+        return Points(x, torch.where(inside, log_measure, -torch.inf))
+
+    def weighted(self, d: GibbsBoltzmann) -> Weighted:
+        """Return the particles with their weights."""
+        return weigh(d, self.points(d))
 
     def _log_proposal(self, d: GibbsBoltzmann, x: Tensor) -> Tensor:
         if self.proposal is not None:
@@ -104,6 +117,6 @@ class Importance:
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the estimate of log Z with its standard error and effective sample size."""
-        estimate = from_weights(self._log_weights(d))
+        estimate = from_weights(self.weighted(d).log_weight + math.log(self.num_particles))
         warn_low_ess(estimate.ess, "Importance")
         return estimate
