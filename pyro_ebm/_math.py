@@ -49,6 +49,8 @@ def soft_minimum(
     wide = beta.unsqueeze(dim) if isinstance(beta, Tensor) and beta.dim() > 0 else beta
     logits = torch.where(wall, -torch.inf, log_measure - wide * safe)
     direct = -logits.logsumexp(dim) / beta
+    if not isinstance(beta, Tensor) and beta >= 0.1:
+        return direct
     # At small beta the sum is one but for rounding: add up what it lacks.
     least = torch.where(wall, torch.inf, energy.detach()).amin(dim, keepdim=True)
     gap = torch.where(wall, 0.0, safe - least)
@@ -58,3 +60,15 @@ def soft_minimum(
     total = log_measure.logsumexp(dim)
     series = least.squeeze(dim) - (total + torch.where(small, tilt, 0.0).log1p()) / beta
     return torch.where(small, series, direct)
+
+
+def systematic(weight: Tensor) -> Tensor:
+    """Return rows drawn in proportion to weights, with one uniform number per batch element."""
+    n = len(weight)
+    at = (
+        torch.arange(n, device=weight.device).reshape(-1, *[1] * (weight.dim() - 1))
+        + torch.rand_like(weight[:1])
+    ) / n
+    edges = weight.cumsum(0).movedim(0, -1).contiguous()
+    places = at.expand_as(weight).movedim(0, -1).contiguous().to(edges)
+    return torch.searchsorted(edges, places).clamp(max=n - 1).movedim(-1, 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
+from pyro_ebm._math import systematic as systematic
 from pyro_ebm.distribution import GibbsBoltzmann
 
 MIN_ESS = 10.0  # below this an estimate and its own error are not to be trusted
@@ -134,18 +135,6 @@ def surrogate(d: GibbsBoltzmann, value: Tensor, particles: Weighted) -> Tensor:
     potential = d.potential(particles.x.detach())
     mean = (share * torch.where(share > 0, potential, 0.0)).sum(0)
     return value - (mean - mean.detach())
-
-
-def systematic(weight: Tensor) -> Tensor:
-    """Return rows drawn in proportion to weights, with one uniform number per batch element."""
-    n = len(weight)
-    at = (
-        torch.arange(n, device=weight.device).reshape(-1, *[1] * (weight.dim() - 1))
-        + torch.rand_like(weight[:1])
-    ) / n
-    edges = weight.cumsum(0).movedim(0, -1).contiguous()
-    places = at.expand_as(weight).movedim(0, -1).contiguous().to(edges)
-    return torch.searchsorted(edges, places).clamp(max=n - 1).movedim(-1, 0)
 
 
 def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:
