@@ -1,0 +1,219 @@
+"""Every method for log Z on every target that suits it: within its own error, or it says so.
+
+One call on a batch of 100 equal temperatures is 100 seeds, since methods draw for each element of
+a batch on its own. ``python benchmarks/log_z.py`` runs more of it, longer.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from pyro_ebm import UnnormalizedWarning
+from pyro_ebm.partition import Exact, Importance, Quadrature, log_partition
+from pyro_ebm.partition.base import MIN_ESS, LogPartition
+from tests.common import EXACT, FALSE_ALARM
+from tests.partition_targets import (
+    CRITICAL,
+    RBM_JOINT,
+    TARGETS,
+    bits,
+    checkerboard,
+    enumerated_log_z,
+    heat_bath,
+    kaufman,
+    rbm_energy,
+    rbm_joint_energy,
+    torus_energy,
+)
+
+SEEDS = 100
+
+# The oracles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 4), (4, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("beta", [0.05, 0.3, 1 / CRITICAL, 0.5, 2.0])
+def test_kaufman_equals_enumeration(shape, beta):
+    torch.testing.assert_close(kaufman(*shape, beta), enumerated_log_z(*shape, beta), **EXACT)
+
+
+def test_kaufman_sees_a_positive_gamma_above_the_critical_temperature(monkeypatch):
+    monkeypatch.setattr("tests.partition_targets.hyperbolic", _unsigned)
+    assert abs(kaufman(4, 4, 0.3) - enumerated_log_z(4, 4, 0.3)) > 1e-3
+
+
+def _unsigned(x):
+    return (1.0, math.log(2 * math.cosh(x))), (1.0, math.log(2 * math.sinh(abs(x))))
+
+
+def test_kaufman_tends_to_onsager_with_the_correction_of_a_torus():
+    """log Z = N f + log(2^(1/4) + 2^(-1/2)) + O(1/N) at T_c, Ferdinand and Fisher (1969)."""
+    catalan = 0.915965594177219
+    f = math.log(2) / 2 + 2 * catalan / math.pi
+    off = kaufman(200, 200, 1 / CRITICAL) - 200**2 * f
+    # 1/N = 2.5e-5, and what 4e4 terms of order one lose to rounding
+    assert abs(off - math.log(2**0.25 + 2**-0.5)) < 1e-5
+
+
+def test_the_joint_energy_of_the_machine_has_the_free_energy_of_its_visible_units():
+    x = RBM_JOINT.base().sample((5,))[:, :20]
+    hidden = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 12)
+    pairs = torch.cat([x[:, None].expand(-1, len(hidden), -1), hidden.expand(5, -1, -1)], -1)
+    free = -torch.logsumexp(-rbm_joint_energy(pairs), -1)
+    torch.testing.assert_close(rbm_energy(x), free, **EXACT)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_target_is_a_distribution_in_double_precision_with_a_finite_log_z(target):
+    d = target.make(3)
+    x = d.base.sample((4,))
+    assert d.potential(x).shape == (4, 3)
+    assert d.potential(x).dtype == torch.float64
+    assert d.potential(x).isfinite().all()
+    assert math.isfinite(target.log_z())
+
+
+def law_after_heat_bath(blocks):
+    """Start 8 spins in their law, move, and ask by chi-squared whether they still have it."""
+    states = torch.tensor(bits(8), dtype=torch.float64).reshape(-1, 2, 4)
+    p = torch.softmax(-0.3 * torus_energy(states), 0)
+    x = states[torch.multinomial(p, 100_000, replacement=True)]
+    kernel = heat_bath(lambda y: 0.3 * torus_energy(y), blocks)
+    state = kernel.init(x)
+    for _ in range(5):
+        state, _ = kernel.step(state)
+    rows = (state.position.flatten(1) @ 2.0 ** torch.arange(8)).long()
+    counts = torch.bincount(rows, minlength=256)
+    chi2 = ((counts - 1e5 * p).square() / (1e5 * p)).sum()
+    return float(torch.special.gammaincc(torch.tensor(255 / 2), chi2 / 2))
+
+
+def test_a_heat_bath_in_blocks_leaves_the_law_invariant():
+    black, white = (block[:2] for block in checkerboard(4))
+    assert law_after_heat_bath((black, white)) > FALSE_ALARM
+    assert law_after_heat_bath((black | white,)) < FALSE_ALARM  # neighbours at once
+
+
+# The contract ------------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """How the seeds of one method and one target came out."""
+
+    z: torch.Tensor  # errors in standard errors
+    trusted: torch.Tensor  # those that the method does not warn of
+    off: torch.Tensor  # errors in nats
+
+    @property
+    def kept(self):
+        """How many seeds keep the rule: within 3 standard errors, or not to be trusted."""
+        return int((~self.trusted | (self.z.abs() <= 3)).sum())
+
+    def p_value(self):
+        """Whether the trusted seeds scatter more than their errors say: chi-squared."""
+        z = self.z[self.trusted]
+        return float(torch.special.gammaincc(z.new_tensor(len(z) / 2), z.square().sum() / 2))
+
+
+def trial(method, target, seeds=SEEDS):
+    """Run a method on a target; the warning must be there if a seed is not to be trusted."""
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always")
+        value, std_error, ess = log_partition(target.make(seeds), method)
+    truth = target.log_z()
+    trusted = ess >= MIN_ESS
+    warned = [w for w in said if issubclass(w.category, UnnormalizedWarning)]
+    assert bool(warned) == bool((~trusted).any()), [str(w.message) for w in said]
+    off = value - truth
+    rounding = EXACT["rtol"] * max(abs(truth), 1.0)  # of deterministic methods, whose error is 0
+    return Trial(off / (std_error + rounding), trusted, off)
+
+
+PLANE = ("gaussian2", "double_well", "ring")
+SMALL_SPINS = ("glass", "ising3")
+LARGE_SPINS = tuple(name for name in TARGETS if name.startswith(("ising8", "ising16")))
+
+
+class Pairs(NamedTuple):
+    """A method, the targets on which it is to be trusted, and those on which it must say no."""
+
+    make: Callable[[str], Any]  # of the target's name
+    good: tuple[str, ...]
+    doubted: tuple[str, ...] = ()
+
+
+PAIRS = {
+    "exact": Pairs(lambda _: Exact(), SMALL_SPINS),
+    "quadrature": Pairs(
+        lambda name: Quadrature(*((-1.0, 2.0, 60) if name == "truncated" else (-9.0, 9.0, 300))),
+        (*PLANE, "truncated"),
+    ),
+    "importance": Pairs(
+        lambda name: Importance(num_particles=500 if name in LARGE_SPINS else 4000),
+        (*PLANE, "ising3", "truncated", "simplex", "bimodal", "rbm"),
+        ("gaussian20", "ising16_2", "ising16_Tc", "ising16_3"),
+    ),
+}
+
+GOOD = [(m, t) for m, pairs in PAIRS.items() for t in pairs.good]
+DOUBTED = [(m, t) for m, pairs in PAIRS.items() for t in pairs.doubted]
+
+
+def run_pair(method, name, seeds=SEEDS):
+    return trial(PAIRS[method].make(name), TARGETS[name], seeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name"), GOOD)
+def test_a_method_is_within_its_own_error_in_95_of_100_seeds(method, name):
+    result = run_pair(method, name)
+    assert result.kept >= 0.95 * SEEDS
+    assert result.trusted.sum() >= 0.9 * SEEDS  # to doubt everything is no way out
+
+
+@pytest.mark.parametrize(("method", "name"), DOUBTED)
+def test_a_method_that_cannot_do_a_target_says_so(method, name):
+    result = run_pair(method, name)
+    assert result.kept >= 0.95 * SEEDS
+    assert result.trusted.sum() <= 0.05 * SEEDS
+
+
+# The planted faults ------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Importance sampling with a value and an error that are not its own."""
+
+    value = "estimated"
+
+    def __init__(self, shift=0.0, scale=1.0, ess=1.0):
+        self.shift, self.scale, self.ess = shift, scale, ess
+
+    def __call__(self, d):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnnormalizedWarning)
+            value, std_error, ess = Importance(num_particles=1000)(d)
+        return LogPartition(value + self.shift * std_error, self.scale * std_error, self.ess * ess)
+
+
+def test_the_contract_sees_a_value_that_is_five_errors_off():
+    assert trial(Faulty(), TARGETS["ring"]).kept >= 0.95 * SEEDS
+    assert trial(Faulty(shift=5.0), TARGETS["ring"]).kept < 0.1 * SEEDS
+
+
+@pytest.mark.parametrize("name", ["gaussian2", "double_well", "ring"])
+def test_the_contract_sees_half_an_error(name):
+    """P(|z| > 1.5) = .13, more than twice of what the rule forgives."""
+    honest, half = (trial(Faulty(scale=s), TARGETS[name], 10 * SEEDS) for s in (1.0, 0.5))
+    assert honest.kept >= 0.95 * 10 * SEEDS
+    assert half.kept < 0.95 * 10 * SEEDS
+    assert honest.p_value() > FALSE_ALARM > half.p_value()
+
+
+def test_the_contract_sees_a_warning_that_is_missing():
+    with pytest.raises(AssertionError):
+        trial(Faulty(ess=1e-3), TARGETS["ring"])
