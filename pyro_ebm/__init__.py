@@ -5,7 +5,8 @@ from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
-from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, SamplingError, Tempered, audit
+from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
+from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
 from pyro_ebm.partition import LogPartition, log_partition
 
 __version__ = "0.1.0"
@@ -17,7 +18,10 @@ __all__ = [
     "ChEES",
     "ConvergenceWarning",
     "Energy",
+    "Exchange",
     "Flat",
+    "FreeEnergy",
+    "FreeEnergyEstimate",
     "GibbsBoltzmann",
     "Given",
     "LogPartition",

@@ -41,7 +41,8 @@ def soft_minimum(
             the result.
         dim: The dimension that is summed.
     """
-    energy, log_measure = torch.broadcast_tensors(energy, log_measure)
+    dtype = torch.promote_types(energy.dtype, log_measure.dtype)
+    energy, log_measure = torch.broadcast_tensors(energy.to(dtype), log_measure.to(dtype))
     wall = (energy == torch.inf) | (log_measure == -torch.inf)
     if not isinstance(beta, Tensor) and beta == math.inf:
         return torch.where(wall, torch.inf, energy).amin(dim)
@@ -72,3 +73,24 @@ def systematic(weight: Tensor) -> Tensor:
     edges = weight.cumsum(0).movedim(0, -1).contiguous()
     places = at.expand_as(weight).movedim(0, -1).contiguous().to(edges)
     return torch.searchsorted(edges, places).clamp(max=n - 1).movedim(-1, 0)
+
+
+def tail_index(log_weight: Tensor) -> Tensor:
+    r"""Return the index k of the upper tail of weights, along the first dimension.
+
+    The generalised Pareto distribution of the largest :math:`\min(n / 5, 3 \sqrt n)` weights, by
+    the estimator of Zhang and Stephens (2009) with the prior of Vehtari et al. (2024). Weights
+    whose k is above one half have no finite variance.
+    """
+    n = len(log_weight)
+    m = max(5, min(n // 5, math.ceil(3 * math.sqrt(n))))
+    top = log_weight.topk(min(m + 1, n), 0).values
+    x = (top - top[:1]).exp()
+    x = (x[:-1] - x[-1:]).flip(0).clamp(min=torch.finfo(x.dtype).tiny)
+    m, num = len(x), 30 + math.isqrt(len(x))
+    at = 1.0 - (num / (torch.arange(1, num + 1).to(x) - 0.5)).sqrt()
+    theta = at.reshape(-1, *[1] * (x.dim() - 1)) / (3 * x[max(m // 4, 1) - 1]) + 1 / x[-1]
+    k = torch.log1p(-theta.unsqueeze(1) * x).mean(1)
+    share = torch.softmax(m * ((-theta / k).log() - k - 1.0), 0)
+    k = torch.log1p(-(share * theta).sum(0) * x).mean(0)
+    return ((k * m + 5.0) / (m + 10.0)).nan_to_num(0.0)

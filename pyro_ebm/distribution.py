@@ -129,6 +129,25 @@ class GibbsBoltzmann(TorchDistribution):
         if not isinstance(beta, Tensor) or (self._validate_args and not is_tracing()):
             _check_beta(beta)
 
+    @classmethod
+    def _conditional(
+        cls, energy: Energy, base: TorchDistributionMixin, beta: float | Tensor, batch: torch.Size
+    ) -> GibbsBoltzmann:
+        """Make the law of a part given others, of a known batch, without looking or binding.
+
+        A free energy makes one at each evaluation, inside of a distribution that binds.
+        """
+        new = cls.__new__(cls)
+        new.energy, new.beta, new.sampler, new.log_partition = energy, beta, None, None
+        new._binding, new._origin, new._enumerated = Binding(None), None, set()
+        new._energy_batch = batch
+        beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
+        batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, batch))
+        new.base = base if base.batch_shape == batch else base.expand(batch)
+        new._measure = unvalidated(new.base)
+        super(GibbsBoltzmann, new).__init__(batch, base.event_shape, validate_args=False)
+        return new
+
     def _probe(self, base: TorchDistributionMixin) -> torch.Size:
         """Find the batch that an energy brings along, by its value at one point.
 

@@ -1,0 +1,386 @@
+"""Free energies against enumeration and closed forms, and wherever an energy may go."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pyro.distributions import constraints
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_ebm as ebm
+from pyro_ebm.partition import Exact, Importance, Quadrature
+from tests.common import EXACT, FAR, NUMERIC, standard_errors
+
+COUNT = ebm.Flat((), constraints.integer_interval(0, 2))
+BETAS = [1e-6, 0.25, 1.0, 8.0, 1e8, math.inf]
+
+
+class Components(nn.Module):
+    """The energies of three Gaussian components in the plane."""
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        means = torch.tensor([[0.0, 0.0], [2.0, 1.0], [-1.0, 3.0]], device=device)
+        self.means = nn.Parameter(means.to(torch.get_default_dtype()))
+
+    def forward(self, x, k):
+        return 0.5 * (x - self.means[k]).square().sum(-1)
+
+    def by_hand(self, x, beta):
+        e = torch.stack([self(x, torch.tensor(k, device=x.device)) for k in range(3)])
+        return e.amin(0) if beta == math.inf else -(-beta * e).logsumexp(0) / beta
+
+
+class Linear(nn.Module):
+    """E(x, z) = (x - w z)^2 / 2 with a normal latent: all is Gaussian."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x, z):
+        return 0.5 * (x - self.w * z).square()
+
+    def by_hand(self, x, beta):
+        if beta == math.inf:
+            return 0.0 * x * self.w
+        a = 1 + beta * self.w**2
+        return 0.5 * x.square() / a + 0.5 * a.log() / beta
+
+
+# Exact methods ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_enumeration_equals_the_sum_by_hand(batch, beta, device):
+    E, x = Components(device), torch.randn(*batch, 2, device=device, requires_grad=True)
+    F = ebm.FreeEnergy(E, ebm.Flat((), constraints.integer_interval(0, 2), device=device), beta)
+    value, truth = F(x), E.by_hand(x, beta)
+    assert value.shape == batch
+    # At 1e-6 both lose digits to log(3) / beta, a million.
+    torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-9)
+    got, want = (torch.autograd.grad(v.sum(), [x, E.means]) for v in (value, truth))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0, 8.0])
+def test_quadrature_equals_the_gaussian_integral(beta):
+    E, x = Linear(), torch.linspace(-2.0, 2.0, 5, requires_grad=True)
+    b = torch.tensor(beta, requires_grad=True)
+    F = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), b)
+    assert isinstance(F.method, Quadrature)
+    value, truth = F(x), E.by_hand(x, b)
+    torch.testing.assert_close(value, truth, **NUMERIC)
+    got, want = (torch.autograd.grad(v.sum(), [x, b, E.w]) for v in (value, truth))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, **NUMERIC)
+
+
+def test_the_derivative_in_beta_of_a_batch_of_temperatures():
+    E, x = Components(), torch.randn(4, 2)
+    beta = torch.tensor([0.3, 1.0, 4.0, 30.0], requires_grad=True)
+    value = ebm.FreeEnergy(E, COUNT, beta)(x)
+    truth = torch.stack([E.by_hand(x[i], b) for i, b in enumerate(beta)])
+    torch.testing.assert_close(value, truth, **EXACT)
+    got, want = (torch.autograd.grad(v.sum(), beta)[0] for v in (value, truth))
+    torch.testing.assert_close(got, want, **NUMERIC)
+
+
+@given(st.floats(1e-4, 1e3), st.floats(1.0, 50.0))
+def test_it_is_monotone_in_beta(beta, factor):
+    E, x = Components(), torch.tensor([[0.3, -0.4], [5.0, 1.0]])
+    with torch.no_grad():
+        counts = [ebm.FreeEnergy(E, COUNT, b)(x) for b in (beta, beta * factor)]
+        shares = [
+            ebm.FreeEnergy(E, dist.Categorical(torch.ones(3)), b)(x) for b in (beta, beta * factor)
+        ]
+        least = ebm.FreeEnergy(E, COUNT, math.inf)(x)
+    slack = 1e-9
+    assert (counts[1] >= counts[0] - slack).all()
+    assert (least >= counts[1] - slack).all()
+    assert (shares[1] <= shares[0] + slack).all()
+    assert (least <= shares[1] + slack).all()
+
+
+def test_the_cold_gradient_is_that_at_the_minimum():
+    E, x = Components(), torch.randn(6, 2, requires_grad=True)
+    F = ebm.FreeEnergy(E, COUNT, math.inf)
+    (got,) = torch.autograd.grad(F(x).sum(), x)
+    best = torch.stack([E(x, torch.tensor(k)) for k in range(3)]).argmin(0)
+    torch.testing.assert_close(got, (x - E.means[best]).detach(), **EXACT)
+    assert torch.equal(F.minimum(x).x, best)
+
+
+def test_a_continuous_latent_is_minimised():
+    def E(x, z):
+        return (x - z).square().sum(-1) + 0.5 * z.square().sum(-1)
+
+    x = torch.randn(5, 3, requires_grad=True)
+    F = ebm.FreeEnergy(E, ebm.Flat((3,)), math.inf)
+    value = F(x)
+    torch.testing.assert_close(F.minimum(x).x, (x * 2 / 3).detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(value, x.square().sum(-1) / 3, **NUMERIC)
+    (grad,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(grad, (2 * x / 3).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_tempering_comes_before_the_sum():
+    E, x, beta = Components(), torch.randn(4, 2), 3.0
+    F, F1 = (ebm.FreeEnergy(E, COUNT, b) for b in (beta, 1.0))
+    table = torch.stack([E(x, torch.tensor(k)) for k in range(3)])
+    joint = (-beta * table).logsumexp(0)  # the marginal of exp(-beta E(x, z))
+    torch.testing.assert_close(-beta * F(x), joint, **EXACT)
+    assert ((-beta * F1(x)) - joint).abs().max() > 1.0  # beta F_1 is another law
+
+
+# Methods with errors --------------------------------------------------------------------------
+
+
+def test_importance_reports_its_error_and_is_smooth_on_request():
+    E, x = Linear(), torch.linspace(-2.0, 2.0, 5)
+    noisy = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, Importance(num_particles=4000))
+    value, std_error, ess, bound = noisy.estimate(x)
+    assert ((value - E.by_hand(x, 2.0)).abs() < FAR * std_error).all()
+    assert ((ess > 100) & (ess < 4000)).all()
+    assert bound is None
+    assert not torch.equal(noisy(x), noisy(x))
+    method = Importance(num_particles=4000, common_random_numbers=True)
+    smooth = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, method)
+    assert torch.equal(smooth(x), smooth(x))
+    torch.autograd.gradcheck(smooth, [x.clone().requires_grad_()])
+
+
+# What it is for -------------------------------------------------------------------------------
+
+
+def test_the_posterior_of_the_latent_is_a_distribution():
+    E, x = Components(), torch.randn(4, 2)
+    posterior = ebm.FreeEnergy(E, COUNT, 2.0).posterior(x)
+    table = torch.stack([E(x, torch.tensor(k)) for k in range(3)])
+    log_prob = posterior.log_prob(torch.arange(3)[:, None])
+    torch.testing.assert_close(log_prob, torch.log_softmax(-2.0 * table, 0), **EXACT)
+    assert posterior.sample((7,)).shape == (7, 4)
+
+
+def test_any_part_may_be_given():
+    def E(x, y, z):
+        return (x - y * z).square() + (y - 1).square() + 0.1 * z
+
+    latent = ebm.Flat((), constraints.boolean)
+    F = ebm.FreeEnergy(E, latent)
+    x, y = torch.randn(3, 1), torch.randn(4)
+    truth = -torch.logsumexp(torch.stack([-E(x, y, 0.0), -E(x, y, 1.0)]), 0)
+    torch.testing.assert_close(F(x, y), truth, **EXACT)
+    torch.testing.assert_close(ebm.Given(F, y)(x), truth, **EXACT)
+    torch.testing.assert_close(ebm.Given(F, x, ...)(y), truth, **EXACT)
+    assert F.posterior(x, y).batch_shape == (3, 4)
+
+
+def test_it_is_an_energy_for_chains_and_for_learning():
+    E = Components()
+    E.means.requires_grad_(False)
+    F = ebm.FreeEnergy(E, COUNT)
+    d = ebm.GibbsBoltzmann(F, ebm.Flat((2,)))
+    mcmc = ebm.MCMC(ebm.NUTS(d), 400, num_chains=32, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples(group_by_chain=True)["x"]
+    error = draws.mean((0, 1)) - E.means.mean(0)
+    # An independent draw of the mixture has a standard deviation of about 1.7; the chains'
+    # effective sample size is some thousands.
+    assert error.abs().max() < FAR * 1.7 / 1000**0.5
+
+
+@pytest.mark.slow
+def test_stock_pyro_learns_and_samples_a_free_energy():
+    E = Components()
+    data = torch.cat([E.means.detach() + 0.1 * torch.randn(3, 2) for _ in range(20)])
+    pyro.set_rng_seed(1)
+
+    def model():
+        pyro.module("E", E)
+        F = ebm.FreeEnergy(E, COUNT)
+        grid = Quadrature(-12.0, 14.0, 80)
+        with pyro.plate("n", len(data)):
+            pyro.sample("x", ebm.GibbsBoltzmann(F, ebm.Flat((2,)), log_partition=grid), obs=data)
+
+    with torch.no_grad():
+        E.means += 0.3 * torch.randn(3, 2)
+    svi = SVI(model, lambda: None, Adam({"lr": 0.03}), Trace_ELBO())
+    losses = [svi.step() / len(data) for _ in range(150)]
+    p = torch.softmax(-torch.stack([E(data, torch.tensor(k)) for k in range(3)]).detach(), 0)
+    at_fixed_point = (p @ data) / p.sum(1, keepdim=True)
+    # EM's fixed point is the optimum of the likelihood; Adam is within a few hundredths of it.
+    assert (E.means.detach() - at_fixed_point).abs().max() < 0.05
+    assert losses[-1] < losses[0]
+
+    kernel = NUTS(
+        lambda: pyro.sample(
+            "x", ebm.GibbsBoltzmann(ebm.FreeEnergy(Linear(), dist.Normal(0.0, 1.0)), ebm.Flat())
+        )
+    )
+    mcmc = MCMC(kernel, 300, 200, disable_progbar=True)
+    mcmc.run()
+    x = mcmc.get_samples()["x"]
+    assert standard_errors(x, 0.0, (1 + 1.5**2) ** 0.5) < FAR
+
+
+# Choosing and refusing ------------------------------------------------------------------------
+
+
+def test_it_picks_the_exact_method_and_says_which():
+    assert isinstance(ebm.FreeEnergy(Components(), COUNT).method, Exact)
+    assert "method=Exact" in repr(ebm.FreeEnergy(Components(), COUNT))
+    assert "method=minimum" in repr(ebm.FreeEnergy(Components(), COUNT, math.inf))
+    with pytest.raises(ValueError, match="method must be given for a latent of shape"):
+        ebm.FreeEnergy(Linear(), ebm.Flat((4,)))
+    with pytest.raises(ValueError, match="method must be given"):
+        ebm.FreeEnergy(Linear(), ebm.Flat((40,), constraints.boolean))
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((1.0, COUNT), TypeError, "energy must be callable, got float"),
+        ((Linear(), 3), TypeError, "latent must be a Pyro distribution, got int"),
+        ((Linear(), COUNT, 0.0), ValueError, "beta must be positive, got 0.0"),
+        ((Linear(), COUNT, -1.0), ValueError, "beta must be positive"),
+        ((Linear(), COUNT, math.nan), ValueError, "beta must be positive, got nan"),
+        ((Linear(), COUNT, torch.tensor([1.0, -1.0])), ValueError, "beta must be positive"),
+        ((Linear(), COUNT, 1.0, "exact"), ValueError, "method must be a method of pyro_ebm"),
+        ((Linear(), COUNT, math.inf, Exact()), ValueError, "options of minimize"),
+    ],
+)
+def test_bad_arguments_are_named(args, error, message):
+    with pytest.raises(error, match=message):
+        ebm.FreeEnergy(*args)
+
+
+def test_bad_energies_are_named():
+    with pytest.raises(TypeError, match="energy must return a tensor, got float"):
+        ebm.FreeEnergy(lambda x, k: 1.0, COUNT)(torch.zeros(2))
+    with pytest.raises(ValueError, match="must return one energy per point"):
+        ebm.FreeEnergy(lambda x, k: (x * k).sum(), COUNT)(torch.zeros(3))
+    with pytest.raises(ValueError, match="beta must be finite for a posterior"):
+        ebm.FreeEnergy(Components(), COUNT, math.inf).posterior(torch.zeros(2))
+
+
+def test_a_nan_is_not_swallowed():
+    E = lambda x, k: torch.where(k == 1, torch.nan, x)
+    assert ebm.FreeEnergy(E, COUNT)(torch.zeros(3)).isnan().all()
+
+
+# Models -----------------------------------------------------------------------------------------
+
+WEIGHTS = (0.2, 0.3, 0.5)
+
+
+def mixture(x, means=None):
+    means = torch.tensor([-1.0, 0.0, 2.0]) if means is None else means
+    with pyro.plate("n", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor(WEIGHTS)))
+        pyro.sample("x", dist.Normal(means[k], 1.0), obs=x)
+
+
+def hidden_markov(y):
+    move = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    with pyro.plate("n", len(y)):
+        z = 0
+        for t in pyro.markov(range(y.shape[1])):
+            z = pyro.sample(f"z{t}", dist.Categorical(move[z]))
+            pyro.sample(f"y{t}", dist.Normal(z * 1.0, 1.0), obs=y[:, t])
+
+
+def sums_of_paths(y):
+    """Return the log-joint of all paths of the hidden Markov model, and the paths."""
+    move = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    paths = torch.cartesian_prod(*[torch.arange(2)] * y.shape[1])
+    before = torch.cat([torch.zeros(len(paths), 1, dtype=torch.long), paths[:, :-1]], 1)
+    prior = move[before, paths].log().sum(1, keepdim=True)
+    return prior + dist.Normal(paths[:, None] * 1.0, 1.0).log_prob(y).sum(-1), paths
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 8.0, math.inf])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_model_of_a_mixture_equals_enumeration(n, beta):
+    x, means = torch.randn(n) * 2, torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    F = ebm.FreeEnergy.from_model(mixture, ["k"], beta)
+    joint = torch.tensor(WEIGHTS).log() + dist.Normal(means, 1.0).log_prob(x[:, None])
+    truth = -joint.amax(-1) if beta == math.inf else -(beta * joint).logsumexp(-1) / beta
+    value = F(x, means)
+    torch.testing.assert_close(value, truth, **EXACT)
+    got, want = (torch.autograd.grad(v.sum(), means)[0] for v in (value, truth))
+    torch.testing.assert_close(got, want, **EXACT)
+    assert torch.equal(F.minimum(x).x["k"], joint.argmax(-1))
+    if beta < math.inf:
+        share = torch.softmax(beta * joint.detach(), -1)
+        torch.testing.assert_close(F.posterior(x)["k"].probs, share, **EXACT)
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.0, math.inf])
+def test_a_hidden_markov_model_equals_all_its_paths(beta):
+    y = torch.randn(3, 5)
+    joint, paths = sums_of_paths(y)
+    F = ebm.FreeEnergy.from_model(hidden_markov, beta=beta)
+    truth = -joint.amax(0) if beta == math.inf else -(beta * joint).logsumexp(0) / beta
+    torch.testing.assert_close(F(y), truth, **EXACT)
+    best = F.minimum(y).x
+    assert torch.equal(torch.stack([best[f"z{t}"] for t in range(5)], 1), paths[joint.argmax(0)])
+    if beta < math.inf:
+        share = torch.softmax(beta * joint, 0)
+        on = (share.unsqueeze(-1) * paths.unsqueeze(1)).sum(0)  # (n, 5): chance of state 1
+        found = F.posterior(y)
+        got = torch.stack([found[f"z{t}"].probs[:, 1] for t in range(5)], 1)
+        torch.testing.assert_close(got, on, **EXACT)
+
+
+def test_inner_plates_are_summed_into_their_data_point():
+    def model(x):
+        with pyro.plate("n", x.shape[0], dim=-2):
+            k = pyro.sample("k", dist.Categorical(torch.tensor(WEIGHTS)))
+            with pyro.plate("d", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(k * 1.0, 1.0), obs=x)
+
+    x = torch.randn(3, 4)
+    normal = dist.Normal(torch.arange(3.0)[:, None, None], 1.0)
+    joint = torch.tensor(WEIGHTS).log()[:, None] + normal.log_prob(x).sum(-1)
+    F = ebm.FreeEnergy.from_model(model)
+    torch.testing.assert_close(F(x), -joint.logsumexp(0), **EXACT)
+
+
+def test_a_model_that_cannot_be_summed_says_why():
+    def continuous(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(mean + k, 1.0), obs=x)
+
+    def outside(x):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
+        mixture(x)
+
+    x = torch.zeros(2)
+    from_model = ebm.FreeEnergy.from_model
+    with pytest.raises(ValueError, match=r"no latent sites but \['k'\], got \['mean'\] too"):
+        from_model(continuous, ["k"])(x)
+    with pytest.raises(ValueError, match=r"latents must have finite supports, got \['mean'\]"):
+        from_model(continuous)(x)
+    with pytest.raises(ValueError, match=r"latents must be among the latent sites \['k'\]"):
+        from_model(mixture, ["z"])(x)
+    with pytest.raises(ValueError, match="site 'y' must lie in all plates"):
+        from_model(outside)(x)
+    with pytest.raises(TypeError, match="model must be callable"):
+        from_model(3)
+    with pytest.raises(ValueError, match="beta must be positive"):
+        from_model(mixture, beta=-1.0)
+    with pytest.raises(ValueError, match="call minimum"):
+        from_model(mixture, beta=math.inf).posterior(x)
+    conditioned = pyro.poutine.condition(continuous, {"mean": torch.tensor(0.0)})
+    assert from_model(conditioned, ["k"])
