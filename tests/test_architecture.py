@@ -15,7 +15,7 @@ LAYERS = [
     {"_guard", "flat", "kernels", "losses"},
     {"_short_run"},
     {"distribution"},
-    {"_audit", "_engine", "_potential", "adaptation", "factor_graph"},
+    {"_audit", "_engine", "_mode", "_model_energy", "_potential", "adaptation", "factor_graph"},
     {"_ladder", "_starts", "minimize", "zoo"},
     {"partition"},
     {"free_energy"},

@@ -2,8 +2,9 @@
 
 from pyro_ebm.partition.base import LogPartition, Method, log_partition
 from pyro_ebm.partition.contrastive import Contrastive
-from pyro_ebm.partition.exact import Exact, Quadrature
+from pyro_ebm.partition.exact import Exact
 from pyro_ebm.partition.importance import Importance
+from pyro_ebm.partition.quadrature import Quadrature
 
 __all__ = [
     "Contrastive",

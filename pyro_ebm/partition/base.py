@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -142,6 +144,20 @@ def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:
     detached = value.detach()
     std_error = torch.zeros_like(detached) if error is None else error
     return LogPartition(value, std_error, torch.full_like(detached, torch.inf))
+
+
+@contextlib.contextmanager
+def random_numbers(method: Any, d: GibbsBoltzmann) -> Iterator[None]:
+    """Draw the same numbers every time inside, where a method has ``common_random_numbers``."""
+    if not method.common_random_numbers:
+        yield
+        return
+    if method._seed is None:
+        method._seed = int(torch.randint(1 << 62, ()))
+    device = d.floating().device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(method._seed)
+        yield
 
 
 def warn_low_ess(ess: Tensor, what: str) -> None:

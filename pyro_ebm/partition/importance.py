@@ -15,6 +15,7 @@ from pyro_ebm.partition.base import (
     Weighted,
     from_weights,
     needs_value,
+    random_numbers,
     warn_low_ess,
     weigh,
 )
@@ -70,13 +71,7 @@ class Importance:
 
     def _draw(self, d: GibbsBoltzmann) -> Tensor:
         proposal = d.base if self.proposal is None else self.proposal
-        if not self.common_random_numbers:
-            return proposal.sample((self.num_particles,))
-        if self._seed is None:
-            self._seed = int(torch.randint(1 << 62, ()))
-        device = d.floating().device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed)
+        with random_numbers(self, d):
             return proposal.sample((self.num_particles,))
 
     def points(self, d: GibbsBoltzmann) -> Points:
