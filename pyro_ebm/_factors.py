@@ -1,0 +1,221 @@
+"""The factors of a factor graph: where their tables come from and what they add up to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm._elimination import Scope
+from pyro_ebm.energy import describe
+
+Factor = Tensor | Callable[..., Tensor]
+Pairs = Iterable[tuple[tuple[Hashable, ...], Factor]]
+Cards = tuple[int, ...]
+
+
+class Factors(nn.Module):
+    """Tables and callables with their scopes, each evaluated once and stacked by its shape.
+
+    Factor ``i`` has ``scopes[i]``, numbers of variables, and the table ``uses[i]``, which is row
+    ``rows[uses[i]]`` of the stack ``kinds[uses[i]]`` of tables with equal numbers of states
+    ``shapes[kind]``. Factors that share one tensor or callable share one table.
+
+    Args:
+        pairs: Scopes and tables or callables.
+        cardinalities: The number of states of each variable.
+    """
+
+    def __init__(self, pairs: Pairs, cardinalities: Mapping[Any, int]) -> None:
+        super().__init__()
+        self.names, self.cards = list(cardinalities), list(cardinalities.values())
+        index = {name: v for v, name in enumerate(self.names)}
+        self.scopes: list[Scope] = []
+        self.uses: list[int] = []
+        self.kinds: list[int] = []
+        self.rows: list[int] = []
+        self.shapes: list[Cards] = []
+        self._first: list[int] = []  # the first factor that uses each table
+        known: dict[tuple[int, Cards], int] = {}
+        kind_of: dict[Cards, int] = {}
+        counts: list[int] = []
+        for scope, factor in pairs:
+            self.scopes.append(_numbers(scope, index))
+            cards = tuple([self.cards[v] for v in self.scopes[-1]])
+            use = known.setdefault((id(factor), cards), len(known))
+            self.uses.append(use)
+            if use < len(self.kinds):
+                continue
+            kind = kind_of.setdefault(cards, len(kind_of))
+            if kind == len(counts):
+                counts.append(0)
+                self.shapes.append(cards)
+            self.kinds.append(kind)
+            self.rows.append(counts[kind])
+            counts[kind] += 1
+            self._first.append(len(self.uses) - 1)
+            self._register(use, factor)
+        self._index()
+
+    def _register(self, use: int, factor: Factor) -> None:
+        name = f"factor{use}"
+        if isinstance(factor, Tensor):
+            self._check(use, factor)
+            if not isinstance(factor, nn.Parameter):
+                self.register_buffer(name, factor)
+                return
+        elif not callable(factor):
+            raise TypeError(
+                f"{self._describe(use)} must be a tensor of energies or a callable, got "
+                f"{type(factor).__name__}"
+            )
+        setattr(self, name, factor)
+
+    def _index(self) -> None:
+        """Note each kind's scopes and rows as tensors, for look-ups of energies."""
+        found: list[list[int]] = [[] for _ in self.shapes]
+        for i, use in enumerate(self.uses):
+            found[self.kinds[use]].append(i)
+        for kind, factors in enumerate(found):
+            scopes = torch.tensor([self.scopes[i] for i in factors], dtype=torch.long)
+            rows = torch.tensor([self.rows[self.uses[i]] for i in factors])
+            self.register_buffer(f"_scopes{kind}", scopes, persistent=False)
+            self.register_buffer(f"_rows{kind}", rows, persistent=False)
+
+    def _describe(self, use: int) -> str:
+        """Name a table in messages."""
+        return f"the factor of {show(self.names[v] for v in self.scopes[self._first[use]])}"
+
+    def _check(self, use: int, table: object, maker: str = "") -> None:
+        """Refuse what is no table for its scope."""
+        what = f"{maker}{self._describe(use)}"
+        cards = self.shapes[self.kinds[use]]
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{what} must give a tensor, got {type(table).__name__}")
+        if not table.dtype.is_floating_point:
+            raise TypeError(f"{what} must hold real floating-point energies, got {table.dtype}")
+        if table.shape[max(table.dim() - len(cards), 0) :] != cards:
+            raise ValueError(
+                f"{what} must have the shape (*graphs, {str(cards)[1:-1].rstrip(',')}), an energy "
+                f"for each combination of states, got {tuple(table.shape)}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        tables = (b for name, b in self.named_buffers() if not name.startswith("_"))
+        found = next(itertools.chain(self.parameters(), tables), None)
+        return torch.empty(0).device if found is None else found.device
+
+    def tables(self) -> list[Tensor]:
+        """Evaluate all tables, each of shape ``(*graphs, *states)``."""
+        return [self._table(use) for use in range(len(self.kinds))]
+
+    def _table(self, use: int) -> Tensor:
+        factor = getattr(self, f"factor{use}")
+        if isinstance(factor, Tensor):
+            return factor
+        axes = [torch.arange(k, device=self.device) for k in self.shapes[self.kinds[use]]]
+        table = factor(*(torch.meshgrid(*axes, indexing="ij") if axes else ()))
+        self._check(use, table, f"{describe(factor)}, ")
+        return table
+
+    def batch(self, tables: Sequence[Tensor]) -> torch.Size:
+        """Return the batch shape of tables, that of the graphs."""
+        dims = [len(cards) for cards in self.shapes]
+        pairs = zip(tables, self.kinds, strict=True)
+        shapes = {table.shape[: table.dim() - dims[kind]] for table, kind in pairs}
+        return torch.broadcast_shapes((), *shapes)
+
+    def stacks(self, tables: Sequence[Tensor], batch: torch.Size) -> list[Tensor]:
+        """Stack the tables of each kind to ``(m, *states, B)``."""
+        found: list[list[Tensor]] = [[] for _ in self.shapes]
+        for table, kind in zip(tables, self.kinds, strict=True):
+            full = batch + self.shapes[kind]
+            found[kind].append(table if table.shape == full else table.expand(full))
+        size = math.prod(batch)
+        return [
+            torch.stack(stack).reshape(-1, size, *cards).movedim(1, -1)
+            for stack, cards in zip(found, self.shapes, strict=True)
+        ]
+
+    def check_numbers(self, stacks: Sequence[Tensor]) -> None:
+        """Refuse energies that are NaN or minus infinity.
+
+        Raises:
+            ValueError: If there is one, naming its factor.
+        """
+        for kind, stack in enumerate(stacks):
+            bad = stack.isnan() | (stack == -torch.inf)
+            if bad.any():
+                row = int(bad.flatten(1).any(1).nonzero()[0])
+                uses = range(len(self.kinds))
+                use = next(u for u in uses if (self.kinds[u], self.rows[u]) == (kind, row))
+                raise ValueError(
+                    f"{self._describe(use)} must hold energies that are finite or +inf, got "
+                    f"{int(bad[row].sum())} of {bad[row].numel()} that are NaN or -inf"
+                )
+
+    def energy(self, values: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        """Add up the energies at values ``(n, B)``; infinite where one is no state."""
+        states = torch.tensor(self.cards, device=values.device).unsqueeze(-1)
+        whole = values.long()
+        outside = ((whole != values) | (whole < 0) | (whole >= states)).any(0)
+        whole = torch.where(outside, 0, whole)
+        parts = [self._energies(kind, whole, stack) for kind, stack in enumerate(stacks)]
+        zero = torch.zeros(values.shape[-1], device=values.device)
+        return torch.where(outside, torch.inf, sum(parts) if parts else zero)
+
+    def _energies(self, kind: int, values: Tensor, stack: Tensor) -> Tensor:
+        scopes = getattr(self, f"_scopes{kind}").to(values.device)
+        at = getattr(self, f"_rows{kind}").to(values.device).unsqueeze(-1)
+        for d, states in enumerate(self.shapes[kind]):
+            at = at * states + values[scopes[:, d]]
+        flat = stack.reshape(-1, stack.shape[-1])
+        return flat.gather(0, at.expand(-1, flat.shape[-1])).sum(0)
+
+
+def clamp(stack: Tensor, rows: Tensor, dims: Scope, values: Tensor) -> Tensor:
+    """Return tables with some of their variables at given values.
+
+    Args:
+        stack: Tables, of shape ``(m, *states, B)``.
+        rows: Which of them, of shape ``(f,)``.
+        dims: The numbers of the variables in the tables' scopes.
+        values: Their values, of shape ``(f, len(dims), B)``.
+
+    Returns:
+        The tables of the other variables, of shape ``(f, *states, B)``.
+    """
+    cards = stack.shape[1:-1]
+    rest = [d for d in range(len(cards)) if d not in dims]
+    free = [cards[d] for d in rest]
+    front = stack.permute(0, *[d + 1 for d in dims], *[d + 1 for d in rest], -1)
+    at = rows.unsqueeze(-1)
+    for i, d in enumerate(dims):
+        at = at * cards[d] + values[:, i]
+    flat = front.reshape(-1, *free, stack.shape[-1])
+    return flat.gather(0, at.reshape(len(at), *[1] * len(free), -1).expand(-1, *free, -1))
+
+
+def _numbers(scope: object, index: Mapping[Any, int]) -> Scope:
+    """Return the numbers of the variables of a scope."""
+    if not isinstance(scope, tuple):
+        raise TypeError(f"a scope must be a tuple of names, got {scope!r}: write ({scope!r},)")
+    unknown = [name for name in scope if name not in index]
+    if unknown:
+        raise ValueError(f"a scope must name variables with a cardinality, got {show(unknown)}")
+    if len(set(scope)) < len(scope):
+        raise ValueError(f"a scope must name each variable once, got {show(scope)}")
+    return tuple([index[name] for name in scope])
+
+
+def show(names: Iterable[Any], most: int = 8) -> str:
+    """List names in messages, the first of them where there are many."""
+    listed = list(names)
+    more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
+    return f"({', '.join(map(repr, listed[:most]))}{more})"
