@@ -143,7 +143,7 @@ class Quadrature:
             raise ValueError(f"num_points must be at least 2, got {num_points}")
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance}")
-        self.low, self.high = _corners(low, high) if boxed else (None, None)
+        self.low, self.high = _corners(low, high)
         self.num_points, self.tolerance = num_points, tolerance
 
     def points(self, d: GibbsBoltzmann) -> Points:
@@ -236,8 +236,10 @@ class Quadrature:
 
 
 def _corners(
-    low: float | Sequence[float], high: float | Sequence[float]
-) -> tuple[np.ndarray, ...]:
+    low: float | Sequence[float] | None, high: float | Sequence[float] | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if low is None or high is None:
+        return None, None
     lower, upper = (np.atleast_1d(np.asarray(corner, float)) for corner in (low, high))
     if not (np.isfinite(lower).all() and np.isfinite(upper).all()):
         raise ValueError(f"low and high must be finite, got {low} and {high}")
@@ -288,7 +290,8 @@ def _measure(space: Space, modes: Modes, best: Modes) -> _Frame:
     offset = torch.where(weighs, offset, 0.0).amax(1).clamp(min=0.0)
     right, left = (reach + offset).movedim(0, -1).chunk(2, -1)
     centre = best.z + (axes @ ((right - left) / 2).unsqueeze(-1)).squeeze(-1)
-    near, per_sd = sum(reach.movedim(0, -1).chunk(2, -1)), 2 * math.sqrt(2 * DROP)
+    near = reach.unflatten(0, (2, -1)).sum(0).movedim(0, -1)
+    per_sd = 2 * math.sqrt(2 * DROP)
     return _Frame(space, centre, axes, (right + left) / per_sd, near / per_sd)
 
 
