@@ -8,7 +8,14 @@ from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
 from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
 from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
-from pyro_ebm.partition import LogPartition, log_partition
+from pyro_ebm.partition import (
+    Estimate,
+    LogPartition,
+    entropy,
+    kl_divergence,
+    log_bayes_factor,
+    log_partition,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "Energy",
     "Exchange",
     "FactorGraph",
+    "Estimate",
     "Flat",
     "FreeEnergy",
     "FreeEnergyEstimate",
@@ -35,9 +43,12 @@ __all__ = [
     "UnnormalizedWarning",
     "audit",
     "energy",
+    "entropy",
     "force",
     "infer",
     "kernels",
+    "kl_divergence",
+    "log_bayes_factor",
     "log_partition",
     "partition",
     "to_arviz",

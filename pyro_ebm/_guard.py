@@ -154,11 +154,17 @@ def leaf_name(leaf: Tensor, energy: Any) -> str:
     return names[0] if names else f"a tensor of shape {tuple(leaf.shape)}"
 
 
-def refuse(because: str, wrong: str, site: str | None = None) -> NoReturn:
-    """Raise the error that names the site, what log Z depends on, and the remedies."""
+def refuse(because: str, wrong: str, site: str | None = None, *, known: bool = False) -> NoReturn:
+    """Raise the error that names the site, what log Z depends on, and the remedies.
+
+    ``known`` says that there is a log Z, but a fixed one.
+    """
+    has, lacking = "no log_partition", "without log Z"
+    if known:
+        has, lacking = "a log Z that was computed once, by normalized()", "with that"
     raise UnnormalizedError(
-        f"{site or scoring()[0]} has no log_partition, but {because}: without log Z {wrong} would "
-        "be silently wrong. Pass log_partition=ebm.partition.Exact() (finite supports), "
+        f"{site or scoring()[0]} has {has}, but {because}: {lacking} {wrong} would be silently "
+        "wrong. Pass log_partition=ebm.partition.Exact() (finite supports), "
         "Quadrature(low, high, num_points) (up to 3 dimensions), Importance(...), or "
         "Contrastive(...) (learning by SVI); log_partition='constant' declares that log Z "
         "depends on nothing that is learned, random or compared"
@@ -208,8 +214,12 @@ def check_not_transformed(caller: FrameType) -> None:
         )
 
 
-def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:
+def check(
+    value: Tensor, x: Tensor, energy: Any, enumerated: set[int], *, known: bool = False
+) -> None:
     """Refuse a log-density without log Z, where that is seen to make a result wrong.
+
+    With ``known``, one of a fixed log Z: evidence and enumerated alternatives have theirs.
 
     Pyro's engines do not ask what a log-density lacks. Which one is at work is read from the
     running stack, and what it will differentiate from the graph of the value. Outside the
@@ -220,9 +230,9 @@ def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:
             engine estimates evidence.
     """
     kind = engine()
-    if kind == "importance":
+    if kind == "importance" and not known:
         refuse("importance sampling estimates evidence", "the weights")
-    if enumerated:
+    if enumerated and not known:
         nodes = scoring()[1].items()
         names = [n for n, m in nodes if m.get("infer", {}).get("_enumerate_dim") in enumerated]
         refuse(f"log Z depends on the enumerated {_list(names)}", "their posterior")
@@ -234,22 +244,25 @@ def check(value: Tensor, x: Tensor, energy: Any, enumerated: set[int]) -> None:
         fixed = {n for n, leaf in found.items() if isinstance(leaf, nn.Parameter)}
         if any(node not in stored and node not in fixed for node in found):
             names = _random(scoring()[1], seen)
-            refuse(f"log Z depends on the random {_list(names)}", "the posterior")
+            because = f"log Z depends on the random {_list(names)}"
+            refuse(because, "the posterior", known=known)
     elif kind == "svi" and stored:
         names = [leaf_name(leaf, energy) for leaf in stored.values()]
-        refuse(f"log Z depends on the learned {_list(names)}", "every gradient")
+        because = f"log Z depends on the learned {_list(names)}"
+        refuse(because, "every gradient", known=known)
     elif watched := stored if x.requires_grad else found:
-        _watch(value, watched, energy)
+        _watch(value, watched, energy, known)
 
 
-def _watch(value: Tensor, leaves: dict[Any, Tensor], energy: Any) -> None:
+def _watch(value: Tensor, leaves: dict[Any, Tensor], energy: Any, known: bool) -> None:
     """Refuse in the backward pass, where it turns out to be one that learns."""
     site = scoring()[0]
 
     def hook(grad: Tensor) -> None:
         names = [leaf_name(leaf, energy) for node, leaf in leaves.items() if _will_run(node)]
         if names:
-            refuse(f"log Z depends on the learned {_list(names)}", "its gradient", site)
+            because = f"log Z depends on the learned {_list(names)}"
+            refuse(because, "its gradient", site, known=known)
 
     value.register_hook(hook)
 

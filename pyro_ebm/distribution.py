@@ -22,6 +22,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm._binding import Binding, evaluating
 from pyro_ebm._guard import (
+    UnnormalizedError,
     allocated_dims,
     check,
     check_drawn_inside,
@@ -31,6 +32,7 @@ from pyro_ebm._guard import (
     is_tracing,
     plate_dims,
 )
+from pyro_ebm._known import Known
 from pyro_ebm._short_run import short_run, unconstrained
 from pyro_ebm.energy import Energy, check_batch, check_value, describe, is_conditional
 from pyro_ebm.flat import MAX_STATES, Flat, num_states, states_of, values_of
@@ -304,9 +306,60 @@ class GibbsBoltzmann(TorchDistribution):
         log_density = -self.potential(value)
         if self.log_partition is None:
             check(log_density, value, self.energy, self._enumerated)
+        elif isinstance(self.log_partition, Known):
+            self.log_partition.check_unchanged()
+            check(log_density, value, self.energy, self._enumerated, known=True)
+            log_density = log_density - self._log_z(value)
         elif self.log_partition != "constant":
             log_density = log_density - self._log_z(value)
         return log_density
+
+    def normalized(self, method: Any) -> GibbsBoltzmann:
+        r"""Return the distribution with its log Z, computed here once for all.
+
+        It is a fixed number, so :meth:`log_prob` refuses to be used where log Z would change:
+        where beta or a parameter of the energy is learned or random, as without log Z, and where
+        one of them has been changed since. Then pass ``log_partition=method`` instead.
+
+        Args:
+            method: A method of :mod:`pyro_ebm.partition`.
+
+        Returns:
+            The distribution; its :attr:`log_z` has the value, its error and effective sample size.
+
+        Raises:
+            UnnormalizedError: If the method gives no value.
+            ValueError: If it gives a bound only, or log Z is not finite.
+
+        Example:
+            >>> d = ebm.GibbsBoltzmann(lambda x: x**2, ebm.Flat())
+            >>> d = d.normalized(ebm.partition.Quadrature(-6.0, 6.0, 40))
+            >>> d.log_prob(torch.tensor(0.0))                   # minus the log of sqrt(pi)
+            tensor(-0.5724)
+        """
+        if method.value == "none":
+            raise UnnormalizedError(
+                f"method must give a value of log Z, got {type(method).__name__}, which gives "
+                "only its gradient"
+            )
+        if method.value == "bound":
+            raise ValueError(f"method must not be a bound, got {type(method).__name__}")
+        origin = self._origin or self
+        with torch.no_grad():
+            log_z = method(origin)
+        if not bool(log_z.value.isfinite().all()):
+            raise ValueError(f"log Z must be finite, got {log_z.value.tolist()}")
+        new = self.expand(self.batch_shape)
+        new.log_partition = Known(origin, log_z, method.value)
+        return new
+
+    @property
+    def log_z(self) -> Any:
+        """What :meth:`normalized` has computed: log Z, its standard error, its sample size."""
+        if not isinstance(self.log_partition, Known):
+            return None
+        parts = self.log_partition.parts
+        return type(parts)(*(part.expand(self.batch_shape) for part in parts))
 
     def _log_z(self, x: Tensor) -> Tensor:
         """Compute log Z once for what an expanded distribution repeats."""

@@ -294,12 +294,14 @@ class Replica(NamedTuple):
     num_steps: int = 4
     jitter: float = 0.2
     step_jitter: float = 0.1
+    keep_ladder: bool = False
 
     @property
     def extra(self) -> tuple[str, ...]:
         """The names of further records."""
         pairs = (f"swap_prob_{k}" for k in range(self.num_temperatures - 1))
-        return ("round_trips", *pairs)
+        kept = range(self.num_temperatures if self.keep_ladder else 0)
+        return ("round_trips", *pairs, *(f"ladder_{k}" for k in kept))
 
     def _kernel(self, adapted: Adapted) -> Kernel:
         def make(potential: Energy) -> Kernel:
@@ -352,8 +354,16 @@ class Replica(NamedTuple):
         for i in range(int(block.counts[0]), num):
             block.state, (record, _) = self.step(engine, block.state, adapted)
             row = _row(block.state.position, record, ("round_trips",))
-            block.rows[i] = torch.cat([row, record.swap_prob.T.to(row)], -1)
+            parts = [row, record.swap_prob.T.to(row)]
+            if self.keep_ladder:
+                parts.append(self._tempered_part(block.state.inner.position).T.to(row))
+            block.rows[i] = torch.cat(parts, -1)
             block.counts = block.counts + 1
+
+    def _tempered_part(self, z: Tensor) -> Tensor:
+        """Return what is multiplied by the inverse temperature, at all levels ``(K, C)``."""
+        with torch.no_grad():
+            return self.path(z, torch.ones(())) - self.path(z, torch.zeros(()))
 
 
 def start_with(engine: Engine, z: Tensor) -> State:

@@ -299,6 +299,8 @@ class Tempered(Sampler):
         min_beta: The hottest: modes must be connected there, and the law proper.
         num_steps: The mean number of leapfrog steps of a move.
         jitter: The share by which that number is drawn anew at each move.
+        keep_ladder: Whether ``sample_stats`` has, as ``ladder_0`` to the coldest, the tempered
+            energy of the replica at each temperature, for :meth:`.MBAR.from_tempered`.
         **kwargs: Those of every sampler; see :class:`NUTS`. The metric is diagonal.
 
     Raises:
@@ -328,9 +330,11 @@ class Tempered(Sampler):
         min_beta: float = 0.02,
         num_steps: int = 4,
         jitter: float = 0.2,
+        keep_ladder: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(target, *args, **{"metric": "diagonal", **kwargs})
+        self.keep_ladder = keep_ladder
         check_count("num_temperatures", num_temperatures, 2)
         check_count("num_steps", num_steps, 1)
         check_share("jitter", jitter)
@@ -343,7 +347,8 @@ class Tempered(Sampler):
 
     def _replica(self, path: Callable[[Tensor, Tensor], Tensor] | None) -> Replica:
         num = self.num_temperatures
-        return Replica(path, num, self.num_steps, self.jitter, self.step_jitter)
+        jitters = self.jitter, self.step_jitter
+        return Replica(path, num, self.num_steps, *jitters, self.keep_ladder)
 
     @property
     def move(self) -> Move:
