@@ -19,8 +19,9 @@ from pyro_ebm.distribution import GibbsBoltzmann
 
 REMEDY = (
     "Pass log_partition=ebm.partition.Exact(), Quadrature(low, high, num_points), "
-    "Importance(...) or, for SVI, Contrastive(...); log_partition='constant' declares that log Z "
-    "does not depend on it."
+    "Importance(...) or, for SVI, Contrastive(...). For MCMC without log Z there is ebm.Exchange, "
+    "and ebm.partition.Table where it depends on one number. log_partition='constant' declares "
+    "that log Z does not depend on it."
 )
 
 

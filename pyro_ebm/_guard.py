@@ -165,8 +165,9 @@ def refuse(because: str, wrong: str, site: str | None = None, *, known: bool = F
     raise UnnormalizedError(
         f"{site or scoring()[0]} has {has}, but {because}: {lacking} {wrong} would be silently "
         "wrong. Pass log_partition=ebm.partition.Exact() (finite supports), "
-        "Quadrature(low, high, num_points) (up to 3 dimensions), Importance(...), or "
-        "Contrastive(...) (learning by SVI); log_partition='constant' declares that log Z "
+        "Quadrature(low, high, num_points) (up to 3 dimensions), Importance(...), Table(...) "
+        "(beta, or one parameter), or Contrastive(...) (learning by SVI), or sample posteriors "
+        "by ebm.MCMC(ebm.Exchange(model), ...); log_partition='constant' declares that log Z "
         "depends on nothing that is learned, random or compared"
     )
 

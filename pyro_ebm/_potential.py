@@ -282,7 +282,7 @@ def _of_model(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) ->
             return single(z)
 
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
-    energy, tempered = _Batched(single), _Batched(tempered_single)
+    energy, tempered = Batched(single), Batched(tempered_single)
 
     def check(z: Tensor) -> None:
         for chain in {0, len(z) - 1}:
@@ -341,7 +341,20 @@ class _Unchecked(Messenger):
             msg["fn"] = unvalidated(fn)
 
 
-class _Batched:
+def _pruned(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Drop what no result needs, such as the point at which a distribution probes its energy.
+
+    It may be random, which vmap refuses; torch's own pruning keeps it for its side effect.
+    """
+    for node in reversed(list(graph.graph.nodes)):
+        schema = getattr(node.target, "_schema", None)
+        if not node.users and schema is not None and not schema.is_mutable:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+class Batched:
     """The energy of many chains, from a function of one chain.
 
     The function is traced once to a graph of tensor operations, which ``torch.func.vmap`` can
@@ -373,7 +386,7 @@ class _Batched:
                 try:
                     graph = make_fx(torch.func.vmap(one))(*plain)
                 except RuntimeError:  # vmap refuses writes in place: turn them into values first
-                    one = make_fx(torch.func.functionalize(one))(*first)
+                    one = _pruned(make_fx(torch.func.functionalize(one))(*first))
                     graph = make_fx(torch.func.vmap(one))(*plain)
                 for chain in (0, -1):
                     want = self.single(*(p[chain] for p in plain))

@@ -15,6 +15,7 @@ from pyro_ebm._ladder import Ladder
 from pyro_ebm.adaptation import Adapted, Length, Warmup
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels.base import Kernel, State, jittered, kinetic, placed, start
+from pyro_ebm.kernels.exchange import ExchangeState
 from pyro_ebm.kernels.hmc import Chance, hmc, settle
 from pyro_ebm.kernels.nuts import Tree, harvest, levels, plant
 from pyro_ebm.kernels.tempering import TemperedState, tempered
@@ -366,12 +367,63 @@ class Replica(NamedTuple):
             return self.path(z, torch.ones(())) - self.path(z, torch.zeros(()))
 
 
+class Walked(NamedTuple):
+    """The record of a move of :class:`Exchanging`, each ``(C,)``."""
+
+    energy: Tensor
+    hamiltonian: Tensor
+    accept_prob: Tensor
+    step_size: Tensor
+    num_steps: Tensor
+    diverging: Tensor
+    invalid: Tensor
+    unbounded: Tensor
+
+
+class Exchanging(NamedTuple):
+    """Moves by the exchange algorithm, which needs no gradient and knows no density."""
+
+    make: Any  # Adapted -> Kernel
+    extra: tuple[str, ...] = ()
+
+    def start(self, engine: Engine, z: Tensor, adapted: Adapted) -> ExchangeState:
+        """Evaluate chains at their positions."""
+        return self.make(adapted).init(z)
+
+    def step(
+        self, engine: Engine, state: ExchangeState, adapted: Adapted
+    ) -> tuple[ExchangeState, Walked]:
+        """Move all chains once."""
+        state, info = self.make(adapted).step(state)
+        engine.executed += len(info.energy)
+        # The joint lacks log Z, which varies: shown as log-density it would mislead.
+        unknown = torch.full_like(info.energy, torch.nan)
+        record = Walked(
+            energy=unknown,
+            hamiltonian=unknown,
+            accept_prob=info.accept_prob,
+            step_size=info.step_size,
+            num_steps=torch.ones_like(info.invalid, dtype=torch.long),
+            diverging=torch.zeros_like(info.invalid),
+            invalid=info.invalid,
+            unbounded=info.unbounded,
+        )
+        return state, record
+
+    def fill(self, engine: Engine, block: Block, adapted: Adapted, num: int) -> None:
+        """Draw until each chain has ``num`` rows."""
+        for i in range(int(block.counts[0]), num):
+            block.state, record = self.step(engine, block.state, adapted)
+            block.rows[i] = _row(block.state.position, record)
+            block.counts = block.counts + 1
+
+
 def start_with(engine: Engine, z: Tensor) -> State:
     """Evaluate chains; where the energy is not finite the gradient is zero."""
     return placed(z, *engine.gradient(z))
 
 
-Move = Hamiltonian | NoUTurn | Replica
+Move = Hamiltonian | NoUTurn | Replica | Exchanging
 
 
 class Chains:

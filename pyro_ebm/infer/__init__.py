@@ -2,6 +2,7 @@
 
 from pyro_ebm._audit import Finding, audit
 from pyro_ebm.infer.base import HMC, MALA, NUTS, ChEES, Tempered
+from pyro_ebm.infer.exchange import Exchange
 from pyro_ebm.infer.mcmc import MCMC, SamplingError
 from pyro_ebm.infer.recording import RecordedHMC, RecordedNUTS
 from pyro_ebm.infer.reparam import IndexReparam
@@ -12,6 +13,7 @@ __all__ = [
     "MCMC",
     "NUTS",
     "ChEES",
+    "Exchange",
     "Finding",
     "IndexReparam",
     "RecordedHMC",

@@ -18,7 +18,7 @@ from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels import Kernel, hmc, nuts
 from pyro_ebm.kernels.base import check_count, check_positive, check_share
-from pyro_ebm.sampling import Hamiltonian, Move, NoUTurn, Replica
+from pyro_ebm.sampling import Exchanging, Hamiltonian, Move, NoUTurn, Replica
 
 METRICS = ("auto", "diagonal", "dense", None)
 
@@ -109,6 +109,7 @@ class Sampler:
             return nuts(
                 energy, size, metric=adapted.metric, max_tree_depth=depth, step_jitter=jitter
             )
+        assert not isinstance(move, Exchanging)
         num = move.num_steps or adapted.num_steps
         return hmc(energy, size, num, metric=adapted.metric, step_jitter=move.step_jitter)
 

@@ -41,7 +41,7 @@ class MCMC:
     for bit; so does resuming from a ``checkpoint`` after the process was killed.
 
     Args:
-        kernel: ``ebm.NUTS``, ``ebm.HMC``, ``ebm.ChEES``, ``ebm.MALA`` or ``ebm.Tempered`` of a
+        kernel: ``ebm.NUTS``, ``ebm.HMC``, ``ebm.ChEES``, ``ebm.MALA``, ``ebm.Tempered`` or ``ebm.Exchange`` of a
             target.
         num_samples: The draws to keep of each chain.
         warmup_steps: The moves of warm-up; by default as many as draws.
@@ -97,7 +97,9 @@ class MCMC:
     ) -> None:
         if not isinstance(kernel, Sampler):
             got = type(kernel).__name__
-            raise TypeError(f"kernel must be ebm.NUTS, HMC, ChEES, MALA or Tempered, got {got}")
+            raise TypeError(
+                f"kernel must be ebm.NUTS, HMC, ChEES, MALA, Tempered or Exchange, got {got}"
+            )
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
         size = num_chains if block_size is None else block_size
         _check_counts(

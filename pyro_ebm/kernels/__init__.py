@@ -2,6 +2,7 @@
 
 from pyro_ebm.kernels.base import Dense, Diagonal, Kernel, MoveInfo, State, metropolis
 from pyro_ebm.kernels.discrete import gibbs
+from pyro_ebm.kernels.exchange import ExchangeInfo, ExchangeState, exchange
 from pyro_ebm.kernels.hmc import TrajectoryInfo, hmc
 from pyro_ebm.kernels.langevin import LangevinInfo, PhaseState, mala, sgld, ula, underdamped
 from pyro_ebm.kernels.nuts import NutsInfo, nuts
@@ -16,6 +17,8 @@ from pyro_ebm.kernels.tempering import (
 __all__ = [
     "Dense",
     "Diagonal",
+    "ExchangeInfo",
+    "ExchangeState",
     "Kernel",
     "LangevinInfo",
     "MoveInfo",
@@ -27,6 +30,7 @@ __all__ = [
     "TrajectoryInfo",
     "adapt_ladder",
     "communication_barrier",
+    "exchange",
     "gibbs",
     "hmc",
     "mala",
