@@ -8,6 +8,7 @@ from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
 from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
 from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
+from pyro_ebm.minimize import Minimum, MinimumWarning, minimize
 from pyro_ebm.partition import (
     Estimate,
     LogPartition,
@@ -35,6 +36,8 @@ __all__ = [
     "GibbsBoltzmann",
     "Given",
     "LogPartition",
+    "Minimum",
+    "MinimumWarning",
     "SamplingError",
     "Scaled",
     "Sum",
@@ -50,6 +53,7 @@ __all__ = [
     "kl_divergence",
     "log_bayes_factor",
     "log_partition",
+    "minimize",
     "partition",
     "to_arviz",
     "zoo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,14 +47,22 @@ def values_of(support: Constraint) -> Tensor | None:
     return None
 
 
-def num_states(support: Constraint, event_shape: Sequence[int]) -> float:
-    """Return the number of states of a support: infinite unless it is finite."""
+def sites_of(support: Constraint, event_shape: Sequence[int]) -> tuple[int, int] | None:
+    """Return how many values a component of a finite support has, and how many there are."""
     values = values_of(support)
     if values is not None:
-        return float(len(values)) ** math.prod(event_shape)
+        return len(values), math.prod(event_shape)
     if atom(support) is constraints.one_hot:
-        return float(event_shape[-1]) ** math.prod(event_shape[:-1])
-    return math.inf
+        return event_shape[-1], math.prod(event_shape[:-1])
+    return None
+
+
+def num_states(support: Constraint, event_shape: Sequence[int]) -> float:
+    """Return the number of states of a support: infinite unless it is finite, and a float."""
+    sites = sites_of(support, event_shape)
+    if sites is None or sites[1] * math.log(sites[0]) > math.log(sys.float_info.max):
+        return math.inf
+    return float(sites[0]) ** sites[1]
 
 
 def states_of(support: Constraint, event_shape: Sequence[int]) -> Tensor:
@@ -141,9 +150,9 @@ class Flat(TorchDistribution):
     def log_volume(self) -> float:
         r"""The log of the measure of the whole support, infinite where it is."""
         part = atom(self._support)
-        count = num_states(self._support, self.event_shape)
-        if math.isfinite(count):
-            return math.log(count)
+        sites = sites_of(self._support, self.event_shape)
+        if sites is not None:
+            return sites[1] * math.log(sites[0])
         low, high = getattr(part, "lower_bound", None), getattr(part, "upper_bound", None)
         if low is not None and high is not None:
             width = torch.as_tensor(high) - torch.as_tensor(low)

@@ -1,0 +1,70 @@
+"""Newton's method for rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm._descent.base import Search, evaluate, largest, rounding
+from pyro_ebm.energy import Energy, differentiable
+from pyro_ebm.kernels.base import choose
+
+
+class NewtonState(NamedTuple):
+    """Rows with the ``values`` and ``vectors`` of their Hessians, and a ``damping`` of steps."""
+
+    position: Tensor
+    energy: Tensor
+    grad: Tensor
+    stuck: Tensor
+    values: Tensor
+    vectors: Tensor
+    damping: Tensor
+
+
+def newton(energy: Energy) -> Search:
+    r"""Damped Newton steps, :math:`-(|H| + \lambda)^{-1} \nabla E`, which never go up.
+
+    The absolute values of the curvatures turn away from saddles. A step costs D + 1 gradients.
+    """
+
+    def init(z: Tensor) -> NewtonState:
+        value, grad, hessian = _second_order(energy, z)
+        values, vectors = torch.linalg.eigh(hessian)
+        damping = 1e-3 * values.abs().amax(-1)
+        stuck = torch.zeros_like(value, dtype=torch.bool)
+        return NewtonState(z, value, grad, stuck, values, vectors, damping)
+
+    def step(state: NewtonState) -> NewtonState:
+        most = state.values.abs().amax(-1, keepdim=True)
+        floor = (torch.finfo(most.dtype).eps * most).clamp(min=torch.finfo(most.dtype).tiny)
+        scale = state.values.abs().maximum(floor) + state.damping.unsqueeze(-1)
+        along = (state.vectors.mT @ state.grad.unsqueeze(-1)).squeeze(-1) / scale
+        new = init(state.position - (state.vectors @ along.unsqueeze(-1)).squeeze(-1))
+        level = new.energy <= state.energy + rounding(state.energy)
+        lower = (new.energy < state.energy) | (level & (largest(new.grad) < largest(state.grad)))
+        more = (10 * state.damping).maximum(1e-3 * scale.amax(-1))
+        stay = state._replace(damping=more, stuck=(new.position == state.position).all(-1))
+        return choose(lower, new._replace(damping=0.1 * state.damping), stay)
+
+    return Search(init, step)
+
+
+def _second_order(energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return energies, gradients and Hessians ``(n, D, D)``, a row of them at a time."""
+    value, grad = evaluate(energy, z)
+    with differentiable():
+        z = z.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(energy(z).sum(), z, create_graph=True)
+        if not slope.requires_grad:  # a linear energy
+            return value, grad, torch.zeros_like(z).diag_embed()
+        rows = [
+            torch.autograd.grad(part.sum(), z, retain_graph=True, materialize_grads=True)[0]
+            for part in slope.unbind(-1)
+        ]
+    hessian = torch.stack(rows, 1)
+    fine = value.isfinite() & hessian.isfinite().all(-1).all(-1)
+    hessian = torch.where(fine[:, None, None], (hessian + hessian.mT) / 2, 0.0)
+    return torch.where(fine, value, torch.inf), grad, hessian
