@@ -184,14 +184,9 @@ def backtrack(
     return values
 
 
-def singles(plan: Plan, cliques: Sequence[Tensor]) -> list[Tensor]:
-    """Return each variable's margin ``(B, K)`` of the tables of the steps."""
-    margins: list[Tensor] = [cliques[0]] * len(plan.place)
-    for step, clique in zip(plan.steps, cliques, strict=True):
-        wide = clique.reshape(*clique.shape[:2], -1, clique.shape[-1]).sum(2)
-        for v, margin in zip(step.variables.tolist(), wide.movedim(-1, 1), strict=True):
-            margins[v] = margin
-    return margins
+def singles(cliques: Sequence[Tensor]) -> list[Tensor]:
+    """Return the margins ``(m, K, B)`` of the variables of each step."""
+    return [c.reshape(*c.shape[:2], -1, c.shape[-1]).sum(2) for c in cliques]
 
 
 def is_inside(plan: Plan, scope: Scope) -> bool:

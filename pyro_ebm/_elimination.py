@@ -17,7 +17,7 @@ Scope = tuple[int, ...]
 
 COMPRESS = 1024  # entries up to which a link of a chain is removed in parallel with others
 MAX_FILL = 32  # neighbours up to which missing edges are counted
-MAX_WORK = 20_000_000  # pairs of neighbours after which a search for an order is given up
+MAX_WORK = 5_000_000  # pairs of neighbours after which a search for an order is given up
 
 
 class Structure(NamedTuple):
@@ -52,7 +52,8 @@ class Cost(NamedTuple):
 class Order(NamedTuple):
     """Rounds of variables of which no two are neighbours.
 
-    ``near`` are the neighbours of each when it goes, ``widest`` the variables of the largest table.
+    ``near`` are the neighbours of each when it goes, ``widest`` the variables of the largest
+    table.
     """
 
     rounds: list[list[int]]
@@ -82,8 +83,11 @@ class _Graph:
 
     def is_narrow(self, v: int) -> bool:
         """Whether taking it out can neither widen the rest nor make a table large."""
-        degree = len(self.adjacent[v])
-        return degree < 2 or (degree == 2 and self.entries(v) <= COMPRESS)
+        near = self.adjacent[v]
+        if len(near) != 2:
+            return len(near) < 2
+        a, b = near
+        return self.cards[v] * self.cards[a] * self.cards[b] <= COMPRESS
 
     def take(self, v: int) -> Scope:
         """Take a variable out and join its neighbours."""
@@ -96,7 +100,7 @@ class _Graph:
             if b not in one:
                 one.add(b)
                 other.add(a)
-                if self.fill is not None:
+                if self.fill is not None and len(near) <= MAX_FILL:
                     changed |= one & other
         self.gone[v] = True
         if self.fill is not None:
@@ -233,9 +237,9 @@ class _Compiler:
         """Hand each factor to the first of its variables to go."""
         time = self.time
         for scope, kind, row in zip(*structure[1:], strict=True):
-            turn = tuple(sorted(range(len(scope)), key=lambda i, s=scope: time[s[i]]))
+            ordered = tuple(sorted(scope, key=time.__getitem__))
+            turn = tuple([scope.index(v) for v in ordered])
             chunk = self.inputs.setdefault((kind, turn), len(self.inputs))
-            ordered = tuple([scope[i] for i in turn])
             if ordered:
                 self.held[ordered[0]].append((chunk, row, ordered))
             else:
@@ -246,7 +250,8 @@ class _Compiler:
         """Group a round's variables by the shapes of their tables."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for v in variables:
-            groups[(self.cards[v], *[self.cards[a] for a in self.near[v]])].append(v)
+            scope = (v, *self.near[v])
+            groups[tuple([self.cards[a] for a in scope])].append(v)
         for shape, group in groups.items():
             self._add_step(shape, group)
 

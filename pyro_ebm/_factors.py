@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
 
 from pyro_ebm._elimination import Scope
@@ -21,9 +23,9 @@ Cards = tuple[int, ...]
 class Factors(nn.Module):
     """Tables and callables with their scopes, each evaluated once and stacked by its shape.
 
-    Factor ``i`` has ``scopes[i]``, numbers of variables, and the table ``uses[i]``, which is row
-    ``rows[uses[i]]`` of the stack ``kinds[uses[i]]`` of tables with equal numbers of states
-    ``shapes[kind]``. Factors that share one tensor or callable share one table.
+    Factor ``i`` has ``scopes[i]``, numbers of variables, and its table in row ``rows[i]`` of the
+    stack ``kinds[i]``, of tables with the numbers of states ``shapes[kinds[i]]``. Factors that
+    share a tensor or callable share a table; ``owners`` are the first factors of each.
 
     Args:
         pairs: Scopes and tables or callables.
@@ -33,44 +35,41 @@ class Factors(nn.Module):
     def __init__(self, pairs: Pairs, cardinalities: Mapping[Any, int]) -> None:
         super().__init__()
         self.names, self.cards = list(cardinalities), list(cardinalities.values())
+        scopes: list[Scope] = []
+        kinds: list[int] = []
+        rows: list[int] = []
+        self.owners: list[int] = []
         index = {name: v for v, name in enumerate(self.names)}
-        self.scopes: list[Scope] = []
-        self.uses: list[int] = []
-        self.kinds: list[int] = []
-        self.rows: list[int] = []
-        self.shapes: list[Cards] = []
-        self._first: list[int] = []  # the first factor that uses each table
-        known: dict[tuple[int, Cards], int] = {}
         kind_of: dict[Cards, int] = {}
-        counts: list[int] = []
-        for scope, factor in pairs:
-            self.scopes.append(_numbers(scope, index))
-            cards = tuple([self.cards[v] for v in self.scopes[-1]])
-            use = known.setdefault((id(factor), cards), len(known))
-            self.uses.append(use)
-            if use < len(self.kinds):
-                continue
-            kind = kind_of.setdefault(cards, len(kind_of))
-            if kind == len(counts):
-                counts.append(0)
-                self.shapes.append(cards)
-            self.kinds.append(kind)
-            self.rows.append(counts[kind])
-            counts[kind] += 1
-            self._first.append(len(self.uses) - 1)
-            self._register(use, factor)
+        known: dict[tuple[int, int], int] = {}
+        count: Counter[int] = Counter()
+        factors = []
+        for i, (scope, factor) in enumerate(pairs):
+            numbers = _numbers(scope, index)
+            kind = kind_of.setdefault(tuple([self.cards[v] for v in numbers]), len(kind_of))
+            row = known.setdefault((id(factor), kind), count[kind])
+            if row == count[kind]:
+                count[kind] += 1
+                self.owners.append(i)
+                factors.append(factor)
+            scopes.append(numbers)
+            kinds.append(kind)
+            rows.append(row)
+        self.scopes, self.kinds, self.rows, self.shapes = scopes, kinds, rows, list(kind_of)
+        for table, factor in enumerate(factors):
+            self._register(table, factor)
         self._index()
 
-    def _register(self, use: int, factor: Factor) -> None:
-        name = f"factor{use}"
+    def _register(self, table: int, factor: Factor) -> None:
+        name = f"factor{table}"
         if isinstance(factor, Tensor):
-            self._check(use, factor)
+            self._check(table, factor)
             if not isinstance(factor, nn.Parameter):
                 self.register_buffer(name, factor)
                 return
         elif not callable(factor):
             raise TypeError(
-                f"{self._describe(use)} must be a tensor of energies or a callable, got "
+                f"{self._describe(table)} must be a tensor of energies or a callable, got "
                 f"{type(factor).__name__}"
             )
         setattr(self, name, factor)
@@ -78,30 +77,34 @@ class Factors(nn.Module):
     def _index(self) -> None:
         """Note each kind's scopes and rows as tensors, for look-ups of energies."""
         found: list[list[int]] = [[] for _ in self.shapes]
-        for i, use in enumerate(self.uses):
-            found[self.kinds[use]].append(i)
+        for i, kind in enumerate(self.kinds):
+            found[kind].append(i)
         for kind, factors in enumerate(found):
             scopes = torch.tensor([self.scopes[i] for i in factors], dtype=torch.long)
-            rows = torch.tensor([self.rows[self.uses[i]] for i in factors])
+            rows = torch.tensor([self.rows[i] for i in factors])
             self.register_buffer(f"_scopes{kind}", scopes, persistent=False)
             self.register_buffer(f"_rows{kind}", rows, persistent=False)
 
-    def _describe(self, use: int) -> str:
+    def _describe(self, table: int) -> str:
         """Name a table in messages."""
-        return f"the factor of {show(self.names[v] for v in self.scopes[self._first[use]])}"
+        return f"the factor of {show(self.names[v] for v in self.scopes[self.owners[table]])}"
 
-    def _check(self, use: int, table: object, maker: str = "") -> None:
+    def _shape(self, table: int) -> Cards:
+        return self.shapes[self.kinds[self.owners[table]]]
+
+    def _check(self, table: int, value: object, maker: str = "") -> None:
         """Refuse what is no table for its scope."""
-        what = f"{maker}{self._describe(use)}"
-        cards = self.shapes[self.kinds[use]]
-        if not isinstance(table, Tensor):
-            raise TypeError(f"{what} must give a tensor, got {type(table).__name__}")
-        if not table.dtype.is_floating_point:
-            raise TypeError(f"{what} must hold real floating-point energies, got {table.dtype}")
-        if table.shape[max(table.dim() - len(cards), 0) :] != cards:
+        what = f"{maker}{self._describe(table)}"
+        cards = self._shape(table)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} must give a tensor, got {type(value).__name__}")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{what} must hold real floating-point energies, got {value.dtype}")
+        if value.shape[max(value.dim() - len(cards), 0) :] != cards:
+            shape = ", ".join(["*graphs", *map(str, cards)])
             raise ValueError(
-                f"{what} must have the shape (*graphs, {str(cards)[1:-1].rstrip(',')}), an energy "
-                f"for each combination of states, got {tuple(table.shape)}"
+                f"{what} must have the shape ({shape}), an energy for each combination of "
+                f"states, got {tuple(value.shape)}"
             )
 
     @property
@@ -113,30 +116,31 @@ class Factors(nn.Module):
 
     def tables(self) -> list[Tensor]:
         """Evaluate all tables, each of shape ``(*graphs, *states)``."""
-        return [self._table(use) for use in range(len(self.kinds))]
+        return [self._table(table) for table in range(len(self.owners))]
 
-    def _table(self, use: int) -> Tensor:
-        factor = getattr(self, f"factor{use}")
+    def _table(self, table: int) -> Tensor:
+        factor = getattr(self, f"factor{table}")
         if isinstance(factor, Tensor):
             return factor
-        axes = [torch.arange(k, device=self.device) for k in self.shapes[self.kinds[use]]]
-        table = factor(*(torch.meshgrid(*axes, indexing="ij") if axes else ()))
-        self._check(use, table, f"{describe(factor)}, ")
-        return table
+        axes = [torch.arange(k, device=self.device) for k in self._shape(table)]
+        value = factor(*(torch.meshgrid(*axes, indexing="ij") if axes else ()))
+        self._check(table, value, f"{describe(factor)}, ")
+        return value
 
     def batch(self, tables: Sequence[Tensor]) -> torch.Size:
         """Return the batch shape of tables, that of the graphs."""
         dims = [len(cards) for cards in self.shapes]
-        pairs = zip(tables, self.kinds, strict=True)
-        shapes = {table.shape[: table.dim() - dims[kind]] for table, kind in pairs}
-        return torch.broadcast_shapes((), *shapes)
+        pairs = zip(tables, self.owners, strict=True)
+        shapes = {table.shape[: table.dim() - dims[self.kinds[i]]] for table, i in pairs}
+        return torch.Size(broadcast_shape((), *shapes))
 
     def stacks(self, tables: Sequence[Tensor], batch: torch.Size) -> list[Tensor]:
         """Stack the tables of each kind to ``(m, *states, B)``."""
         found: list[list[Tensor]] = [[] for _ in self.shapes]
-        for table, kind in zip(tables, self.kinds, strict=True):
-            full = batch + self.shapes[kind]
-            found[kind].append(table if table.shape == full else table.expand(full))
+        full = [batch + cards for cards in self.shapes]
+        for table, i in zip(tables, self.owners, strict=True):
+            kind = self.kinds[i]
+            found[kind].append(table if table.shape == full[kind] else table.expand(full[kind]))
         size = math.prod(batch)
         return [
             torch.stack(stack).reshape(-1, size, *cards).movedim(1, -1)
@@ -153,11 +157,11 @@ class Factors(nn.Module):
             bad = stack.isnan() | (stack == -torch.inf)
             if bad.any():
                 row = int(bad.flatten(1).any(1).nonzero()[0])
-                uses = range(len(self.kinds))
-                use = next(u for u in uses if (self.kinds[u], self.rows[u]) == (kind, row))
+                places = [(self.kinds[i], self.rows[i]) for i in self.owners]
                 raise ValueError(
-                    f"{self._describe(use)} must hold energies that are finite or +inf, got "
-                    f"{int(bad[row].sum())} of {bad[row].numel()} that are NaN or -inf"
+                    f"{self._describe(places.index((kind, row)))} must hold energies that are "
+                    f"finite or +inf, got {int(bad[row].sum())} of {bad[row].numel()} that are "
+                    "NaN or -inf"
                 )
 
     def energy(self, values: Tensor, stacks: Sequence[Tensor]) -> Tensor:
@@ -206,12 +210,13 @@ def _numbers(scope: object, index: Mapping[Any, int]) -> Scope:
     """Return the numbers of the variables of a scope."""
     if not isinstance(scope, tuple):
         raise TypeError(f"a scope must be a tuple of names, got {scope!r}: write ({scope!r},)")
-    unknown = [name for name in scope if name not in index]
-    if unknown:
+    numbers = tuple([index.get(name, -1) for name in scope])
+    if -1 in numbers:
+        unknown = [name for name in scope if name not in index]
         raise ValueError(f"a scope must name variables with a cardinality, got {show(unknown)}")
-    if len(set(scope)) < len(scope):
+    if len(set(numbers)) < len(numbers):
         raise ValueError(f"a scope must name each variable once, got {show(scope)}")
-    return tuple([index[name] for name in scope])
+    return numbers
 
 
 def show(names: Iterable[Any], most: int = 8) -> str:

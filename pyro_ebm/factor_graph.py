@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
 
 from pyro_ebm._contraction import (
@@ -87,6 +88,8 @@ class FactorGraph(nn.Module):
                     f"cardinalities must be whole numbers of at least 1, got {states!r} for "
                     f"{name!r}"
                 )
+        if not cardinalities:
+            raise ValueError("cardinalities must name at least one variable, got none")
         pairs = list(factors.items() if isinstance(factors, Mapping) else factors)
         self.factors = Factors(pairs or [((), torch.zeros(()))], cardinalities)
         self.max_table = max_table
@@ -103,15 +106,16 @@ class FactorGraph(nn.Module):
         self._kinds: dict[tuple[int, Scope], int] = {}
         self._clamped: dict[int, list[int]] = {}
         scopes, kinds, rows = [], [], []
-        for i, (scope, use) in enumerate(zip(self.factors.scopes, self.factors.uses, strict=True)):
+        parts = (self.factors.scopes, self.factors.kinds, self.factors.rows)
+        for i, (scope, kind, row) in enumerate(zip(*parts, strict=True)):
             given = tuple([d for d, v in enumerate(scope) if v in self._given])
-            kind = self._kinds.setdefault((self.factors.kinds[use], given), len(self._kinds))
-            row = self.factors.rows[use]
+            kind = self._kinds.setdefault((kind, given), len(self._kinds))
             if given:
                 clamped = self._clamped.setdefault(kind, [])
                 row = len(clamped)
                 clamped.append(i)
-            scopes.append(tuple([number[v] for v in scope if v in number]))
+                scope = tuple([v for v in scope if v not in self._given])
+            scopes.append(tuple([number[v] for v in scope]))
             kinds.append(kind)
             rows.append(row)
         states = tuple(self.cardinalities.values())
@@ -127,7 +131,7 @@ class FactorGraph(nn.Module):
 
     def _batch(self, tables: Sequence[Tensor], *shapes: torch.Size) -> torch.Size:
         given = {value.shape for value in self._given.values()}
-        return torch.broadcast_shapes(self.factors.batch(tables), *given, *shapes)
+        return torch.Size(broadcast_shape(self.factors.batch(tables), *given, *shapes))
 
     @property
     def cost(self) -> Cost:
@@ -187,7 +191,8 @@ class FactorGraph(nn.Module):
             A graph that shares the factors, and so their parameters.
 
         Raises:
-            ValueError: If a variable is unknown or given, or a value no state of its own.
+            ValueError: If a variable is unknown or given, a value no state of its own, or no
+                variable is left.
 
         Example:
             >>> g = ebm.FactorGraph({("x", "y"): torch.eye(2)}, {"x": 2, "y": 2})
@@ -208,6 +213,11 @@ class FactorGraph(nn.Module):
                     f"values of {name!r} must be in 0, ..., {states - 1}, got {value}"
                 )
             new._given[self.factors.names.index(name)] = whole
+        if len(new._given) == len(self.factors.names):
+            raise ValueError(
+                f"values must leave a variable free, got one for each of "
+                f"{show(self.cardinalities)}: their energy is g(values)"
+            )
         new._index()
         return new
 
@@ -254,11 +264,11 @@ class FactorGraph(nn.Module):
             inputs, batch = self._inputs(plan)
             lists = [table.detach().unsqueeze(-2) for table in inputs]
             least = contract(plan, lists, Least(k), record(trace, grad=True))
-        allowed = int((least < torch.inf).sum(0).min())
-        if allowed < k:
-            raise ValueError(f"k must be at most {allowed}, the assignments allowed, got {k}")
-        # The derivative of a least energy in the tables is its assignment.
-        rows = [torch.autograd.grad(e.sum(), trace, retain_graph=True) for e in least]
+            allowed = int((least < torch.inf).sum(0).min())
+            if allowed < k:
+                raise ValueError(f"k must be at most {allowed}, the assignments allowed, got {k}")
+            # The derivative of a least energy in the tables is its assignment.
+            rows = [torch.autograd.grad(e.sum(), trace, retain_graph=True) for e in least]
         values = torch.stack([_where(plan, [table.sum(-2) for table in row]) for row in rows], 1)
         found = self._minimum(values.reshape(-1, k, *batch))
         return _sorted(found)  # rounding may have swapped some
@@ -315,11 +325,10 @@ class FactorGraph(nn.Module):
             _check_possible(total)
             cliques = torch.autograd.grad(total.sum(), trace, create_graph=wanted)
         if scopes is None:
-            names, margins = list(self.cardinalities), singles(plan, cliques)
-        else:
-            names, margins = list(scopes), [joint(plan, cliques, scope) for scope in numbers]
-        margins = [margin.reshape(batch + margin.shape[1:]) for margin in margins]
-        return dict(zip(names, margins, strict=True))
+            return self._margins(plan, cliques, batch)
+        found = [joint(plan, cliques, scope) for scope in numbers]
+        found = [table.reshape(batch + table.shape[1:]) for table in found]
+        return dict(zip(scopes, found, strict=True))
 
     @torch.no_grad()
     def sample(self, n: int, beta: float | Tensor = 1.0) -> dict[Any, Tensor]:
@@ -346,9 +355,9 @@ class FactorGraph(nn.Module):
 
     def _scope(self, scope: tuple[Any, ...]) -> Scope:
         unknown = [name for name in scope if name not in self.cardinalities]
-        if unknown or len(set(scope)) < len(scope):
+        if not scope or unknown or len(set(scope)) < len(scope):
             raise ValueError(
-                f"scopes must name free variables, each once, got {scope!r} of the variables "
+                f"scopes must name variables that are free, each once, got {scope!r} of "
                 f"{show(self.cardinalities)}"
             )
         return tuple([self._number[name] for name in scope])
@@ -402,9 +411,21 @@ class FactorGraph(nn.Module):
         row = {v: j for j, v in enumerate(values)}
         wide = [value.to(device).expand(batch).reshape(-1) for value in values.values()]
         at = torch.tensor([[row[scope[d]] for d in dims] for scope in scopes], device=device)
-        rows = [self.factors.rows[self.factors.uses[f]] for f in factors]
-        chosen = torch.tensor(rows, device=device)
-        return clamp(stacks[kind], chosen, dims, torch.stack(wide)[at])
+        rows = torch.tensor([self.factors.rows[f] for f in factors], device=device)
+        return clamp(stacks[kind], rows, dims, torch.stack(wide)[at])
+
+    def _margins(
+        self, plan: Plan, cliques: Sequence[Tensor], batch: torch.Size
+    ) -> dict[Any, Tensor]:
+        """Return the margins ``(*batch, K)`` of all variables."""
+        steps = [
+            table.movedim(-1, 1).reshape(len(table), *batch, -1).unbind()
+            for table in singles(cliques)
+        ]
+        return {
+            name: steps[step][row]
+            for name, (step, row) in zip(self.cardinalities, plan.place, strict=True)
+        }
 
     def _named(self, values: Tensor) -> dict[Any, Tensor]:
         return dict(zip(self.cardinalities, values.unbind(), strict=True))
@@ -419,7 +440,11 @@ class FactorGraph(nn.Module):
 
 def _where(plan: Plan, cliques: Sequence[Tensor]) -> Tensor:
     """Return the states ``(n, B)`` that indicators point at."""
-    return torch.stack([margin.argmax(-1) for margin in singles(plan, cliques)])
+    parts = [margin.argmax(1) for margin in singles(cliques)]
+    values = parts[0].new_empty(len(plan.place), parts[0].shape[-1])
+    for step, part in zip(plan.steps, parts, strict=True):
+        values[step.variables] = part
+    return values
 
 
 def _sorted(found: Minimum) -> Minimum:
