@@ -7,24 +7,40 @@ a batch on its own. ``python benchmarks/log_z.py`` runs more of it, longer.
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from pyro_ebm import UnnormalizedWarning
-from pyro_ebm.partition import Exact, Importance, Quadrature, log_partition
+from pyro_ebm.partition import (
+    MBAR,
+    SMC,
+    Annealed,
+    Bridge,
+    Exact,
+    Importance,
+    Laplace,
+    Quadrature,
+    Variational,
+    log_partition,
+)
 from pyro_ebm.partition.base import MIN_ESS, LogPartition
 from tests.common import EXACT, FALSE_ALARM
 from tests.partition_targets import (
     CRITICAL,
+    LAYERS,
+    MODES,
     RBM_JOINT,
     TARGETS,
+    WIDTHS,
     bits,
     checkerboard,
     enumerated_log_z,
     heat_bath,
     kaufman,
+    normal,
     rbm_energy,
     rbm_joint_energy,
     torus_energy,
@@ -127,15 +143,33 @@ def trial(method, target, seeds=SEEDS):
     truth = target.log_z()
     trusted = ess >= MIN_ESS
     warned = [w for w in said if issubclass(w.category, UnnormalizedWarning)]
-    assert bool(warned) == bool((~trusted).any()), [str(w.message) for w in said]
+    # a method may doubt more than its effective sample size does, of which nothing is forgiven
+    assert warned or trusted.all()
     off = value - truth
     rounding = EXACT["rtol"] * max(abs(truth), 1.0)  # of deterministic methods, whose error is 0
     return Trial(off / (std_error + rounding), trusted, off)
 
 
 PLANE = ("gaussian2", "double_well", "ring")
-SMALL_SPINS = ("glass", "ising3")
+SUPPORTS = ("truncated", "simplex")
+EASY = (*PLANE, *SUPPORTS, "ising3")
 LARGE_SPINS = tuple(name for name in TARGETS if name.startswith(("ising8", "ising16")))
+KNOWN = {**TARGETS, "rbm_joint": RBM_JOINT}
+BLOCKS = {"rbm_joint": LAYERS} | {n: checkerboard(8) for n in TARGETS if n.startswith("ising8")}
+
+
+def kernel(name):
+    """The heat bath in blocks where there are any, else the method's own kernel."""
+    return partial(heat_bath, blocks=BLOCKS[name]) if name in BLOCKS else None
+
+
+def quadrature(name):
+    return Quadrature(-1.0, 2.0, 40) if name == "truncated" else Quadrature(-9.0, 9.0, 160)
+
+
+def normal_guide(name):
+    """A normal distribution without correlations around the middle, which cannot be exact."""
+    return Variational(normal(2 if name in PLANE else 4, 1.0).expand((SEEDS,)), 4)
 
 
 class Pairs(NamedTuple):
@@ -147,24 +181,41 @@ class Pairs(NamedTuple):
 
 
 PAIRS = {
-    "exact": Pairs(lambda _: Exact(), SMALL_SPINS),
-    "quadrature": Pairs(
-        lambda name: Quadrature(*((-1.0, 2.0, 60) if name == "truncated" else (-9.0, 9.0, 300))),
-        (*PLANE, "truncated"),
-    ),
+    "exact": Pairs(lambda _: Exact(), ("glass", "ising3")),
+    "quadrature": Pairs(quadrature, (*PLANE, "truncated")),
+    "laplace": Pairs(lambda _: Laplace(), (*PLANE, "gaussian20", *SUPPORTS)),
     "importance": Pairs(
         lambda name: Importance(num_particles=500 if name in LARGE_SPINS else 4000),
-        (*PLANE, "ising3", "truncated", "simplex", "bimodal", "rbm"),
-        ("gaussian20", "ising16_2", "ising16_Tc", "ising16_3"),
+        (*EASY, "bimodal", "rbm"),
+        ("gaussian20", "ising16_Tc"),
+    ),
+    "annealed": Pairs(
+        lambda name: Annealed(kernel(name), *SIZES.get(name, (50, 30))),
+        (*EASY, "bimodal", "rbm_joint", "ising8_3"),
+        ("gaussian20",),
+    ),
+    "reverse": Pairs(
+        lambda name: Annealed(kernel(name), 100, 100, reverse=True), ("gaussian2", "truncated")
+    ),
+    "smc": Pairs(lambda name: SMC(kernel(name), 200, 2), (*EASY, "bimodal", "rbm_joint")),
+    "bridge": Pairs(lambda _: Bridge(num_samples=100), ("ring", "ising3", "truncated")),
+    "mbar": Pairs(
+        lambda _: MBAR(None, 16, 15, num_temperatures=5, warmup=40),
+        ("double_well", "simplex", "bimodal"),
     ),
 }
-
+SIZES = {
+    "bimodal": (100, 50),
+    "rbm_joint": (100, 50),
+    "ising8_3": (50, 50),
+    "gaussian20": (20, 20),
+}
 GOOD = [(m, t) for m, pairs in PAIRS.items() for t in pairs.good]
 DOUBTED = [(m, t) for m, pairs in PAIRS.items() for t in pairs.doubted]
 
 
 def run_pair(method, name, seeds=SEEDS):
-    return trial(PAIRS[method].make(name), TARGETS[name], seeds)
+    return trial(PAIRS[method].make(name), KNOWN[name], seeds)
 
 
 @pytest.mark.slow
@@ -175,11 +226,53 @@ def test_a_method_is_within_its_own_error_in_95_of_100_seeds(method, name):
     assert result.trusted.sum() >= 0.9 * SEEDS  # to doubt everything is no way out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), DOUBTED)
 def test_a_method_that_cannot_do_a_target_says_so(method, name):
     result = run_pair(method, name)
     assert result.kept >= 0.95 * SEEDS
     assert result.trusted.sum() <= 0.05 * SEEDS
+
+
+@pytest.mark.parametrize("name", [*PLANE, "bimodal"])
+def test_a_bound_is_below_log_z(name):
+    result = run_bound(normal_guide(name), name)
+    assert (result.z <= 3).sum() >= 0.95 * SEEDS
+    assert result.off.mean() < 0
+
+
+def run_bound(method, name):
+    """Run a method whose value is a bound: its effective sample size says how loose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnnormalizedWarning)
+        value, std_error, ess = log_partition(KNOWN[name].make(SEEDS), method)
+    off = value.detach() - KNOWN[name].log_z()
+    return Trial(off / std_error, ess >= MIN_ESS, off)
+
+
+# Starts in one mode of two -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_bracket_notices_starts_in_one_mode_of_two():
+    start = MODES[0] + WIDTHS[0] * torch.randn(2000, 4)  # 14 per cent of the mass
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lower, upper = Annealed(None, 1000, 100, start=start).bracket(TARGETS["bimodal"].make())
+    assert any("contradicts itself" in str(w.message) for w in said)
+    assert upper.value < lower.value
+
+
+@pytest.mark.xfail(reason="a search that ends in one mode is sure of itself in 8 of 100 seeds")
+def test_laplace_notices_modes_that_it_has_not_found():
+    assert trial(Laplace(), TARGETS["bimodal"]).kept >= 0.95 * SEEDS
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="an effective sample size of ten is too little to trust: 50 would do")
+@pytest.mark.parametrize("name", ["glass", "ising8_Tc", "ising8_3"])
+def test_importance_sampling_of_many_spins_says_that_it_cannot_be_trusted(name):
+    assert trial(Importance(num_particles=4000), TARGETS[name]).kept >= 0.95 * SEEDS
 
 
 # The planted faults ------------------------------------------------------------------------------
