@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_ebm._potential import Batched, Potential, quiet, split
-from pyro_ebm._short_run import unconstrained
+from pyro_ebm._short_run import first_step, unconstrained
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.energy import Energy, value_and_grad
+from pyro_ebm.energy import Energy
 from pyro_ebm.flat import num_states, values_of
-from pyro_ebm.kernels import State, gibbs, hmc
-from pyro_ebm.kernels.base import expand_like, sum_event
+from pyro_ebm.kernels import gibbs, hmc
 
 LEAPS = 5
 """The leapfrog steps of an inner move."""
@@ -276,24 +275,9 @@ def _sweeps(
 def _follow(energy: Energy, position: Tensor, num: int) -> Tensor:
     """Make moves of HMC whose step sizes settle in the first half, one per chain and point."""
     state = hmc(energy, 1.0, LEAPS).init(position)
-    log_step = _first_step(energy, state)
+    log_step = first_step(energy, state)
     for i in range(num):
         state, info = hmc(energy, log_step.exp(), LEAPS, jitter=0.5, step_jitter=0.2).step(state)
         if i < num // 2:
             log_step = log_step + (info.accept_prob - ACCEPT) / (1.0 + i) ** 0.6
     return state.position
-
-
-def _first_step(energy: Energy, state: State) -> Tensor:
-    r"""Return the logs of steps :math:`\lambda^{-1/2}`, from the curvature along the gradient.
-
-    So steps shrink as :math:`1 / \sqrt\beta` from the first move on.
-    """
-    x, grad = state.position, state.grad
-    norm = sum_event(grad.square(), state.energy).sqrt()
-    scale = 1.0 + sum_event(x.square(), state.energy).sqrt()
-    shift = torch.finfo(x.dtype).eps ** 0.5 * scale
-    ahead = x + expand_like(shift / norm.clamp(min=torch.finfo(x.dtype).tiny), grad) * grad
-    change = sum_event((value_and_grad(energy, ahead)[1] - grad).square(), state.energy).sqrt()
-    log_step = -0.5 * (change / shift).log()
-    return torch.where(log_step.isfinite(), log_step, 0.0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
-from pyro_ebm.energy import Energy
-from pyro_ebm.kernels.base import State
+from pyro_ebm.energy import Energy, value_and_grad
+from pyro_ebm.kernels.base import State, expand_like, sum_event
 from pyro_ebm.kernels.langevin import mala
 
 TARGET_ACCEPT = 0.574  # optimal scaling of MALA: Roberts and Rosenthal (1998)
@@ -42,6 +42,21 @@ def is_identity(transform: Transform) -> bool:
 def adapt(log_step: Tensor, accept_prob: Tensor, i: int) -> Tensor:
     """Move log step sizes towards the best acceptance rate: Robbins-Monro, for move ``i``."""
     return log_step + 2.0 * (accept_prob - TARGET_ACCEPT) / (1.0 + i) ** 0.6
+
+
+def first_step(energy: Energy, state: State) -> Tensor:
+    r"""Return the logs of steps :math:`\lambda^{-1/2}`, from the curvature along the gradient.
+
+    So steps shrink as :math:`1 / \sqrt\beta` from the first move on.
+    """
+    x, grad = state.position, state.grad
+    norm = sum_event(grad.square(), state.energy).sqrt()
+    scale = 1.0 + sum_event(x.square(), state.energy).sqrt()
+    shift = torch.finfo(x.dtype).eps ** 0.5 * scale
+    ahead = x + expand_like(shift / norm.clamp(min=torch.finfo(x.dtype).tiny), grad) * grad
+    change = sum_event((value_and_grad(energy, ahead)[1] - grad).square(), state.energy).sqrt()
+    log_step = -0.5 * (change / shift).log()
+    return torch.where(log_step.isfinite(), log_step, 0.0)
 
 
 def short_run(

@@ -11,13 +11,23 @@ ROOT = Path(__file__).parents[1] / "pyro_ebm"
 
 # From the ground up: a module imports only from layers below its own. A package is one module.
 LAYERS = [
-    {"_arviz", "_bennett", "_binding", "_cholesky", "_elimination", "_keep", "_math", "energy"},
+    {
+        "_arviz",
+        "_bennett",
+        "_binding",
+        "_cholesky",
+        "_curve",
+        "_elimination",
+        "_keep",
+        "_math",
+        "energy",
+    },
     {"_contraction", "_factors", "_guard", "flat", "kernels", "losses"},
     {"_known", "_short_run"},
     {"_descent", "distribution"},
     {"_audit", "_engine", "_mode", "_model_energy", "_potential", "adaptation", "factor_graph"},
     {"_path", "_search"},
-    {"_auxiliary", "_climb", "_ladder", "_replicas", "_starts", "minimize", "zoo"},
+    {"_auxiliary", "_climb", "_ladder", "_replicas", "_rungs", "_starts", "minimize", "zoo"},
     {"partition"},
     {"free_energy"},
     {"sampling"},

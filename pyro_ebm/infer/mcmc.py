@@ -41,8 +41,8 @@ class MCMC:
     for bit; so does resuming from a ``checkpoint`` after the process was killed.
 
     Args:
-        kernel: ``ebm.NUTS``, ``ebm.HMC``, ``ebm.ChEES``, ``ebm.MALA``, ``ebm.Tempered`` or ``ebm.Exchange`` of a
-            target.
+        kernel: ``ebm.NUTS``, ``ebm.HMC``, ``ebm.ChEES``, ``ebm.MALA``, ``ebm.Tempered`` or
+            ``ebm.Exchange`` of a target.
         num_samples: The draws to keep of each chain.
         warmup_steps: The moves of warm-up; by default as many as draws.
         initial_params: Starting points in unconstrained space, by site, as in Pyro: of shape

@@ -15,6 +15,7 @@ from pyro_ebm.partition.information import (
 from pyro_ebm.partition.laplace import Laplace
 from pyro_ebm.partition.quadrature import Quadrature
 from pyro_ebm.partition.smc import SMC
+from pyro_ebm.partition.table import Table
 from pyro_ebm.partition.variational import Variational
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LogPartition",
     "Method",
     "Quadrature",
+    "Table",
     "Variational",
     "entropy",
     "kl_divergence",
