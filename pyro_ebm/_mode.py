@@ -34,8 +34,8 @@ class Modes(NamedTuple):
     """Where searches ended: ``z`` of shape ``(n, *batch, D)``, with the derivatives there.
 
     ``decrement`` is half the squared length of the gradient in the metric of the Hessian, the
-    fall of the potential that is left; a search has ``settled`` where Newton's steps converge as
-    they do around a regular minimum, faster than linearly, down to rounding.
+    fall of the potential that is left; a search has ``settled`` where that is nothing and where
+    the Hessian stays the same, other than at a flat minimum.
     """
 
     z: Tensor
@@ -109,16 +109,16 @@ def find_modes(d: GibbsBoltzmann, space: Space, num_steps: int = 100) -> Modes:
         for _ in range(3):  # full steps, which rounding of the potential cannot hold up
             near = (state.decrement < 1e-3).unsqueeze(-1)
             step = _newton(state.grad, state.hessian, state.z)
-            before = state.decrement
+            before = state
             state = _derive(space.potential, torch.where(near, state.z + step, state.z))
-    faster = (state.decrement < 1e-3) & (state.decrement <= 0.1 * before)
-    return state._replace(settled=faster | (state.decrement <= _rounding(state)))
+    return state._replace(settled=_settled(state, before))
 
 
-def _rounding(state: Modes) -> Tensor:
-    """Return the decrement that rounding of the gradient leaves."""
-    size = torch.einsum("...i,...ij,...j", state.z.abs(), state.hessian.abs(), state.z.abs())
-    return 100 * torch.finfo(size.dtype).eps ** 2 * size
+def _settled(state: Modes, before: Modes) -> Tensor:
+    """Whether a search is at a minimum whose curvature no longer changes as it is approached."""
+    now, then = (torch.linalg.eigvalsh(symmetric(s.hessian)) for s in (state, before))
+    same = ((now - then).abs() <= 0.1 * now.abs()).all(-1)
+    return same & (state.decrement < 1e-4)
 
 
 def _cuda(d: GibbsBoltzmann) -> list[torch.device]:
@@ -154,11 +154,16 @@ def _derive(potential: Energy, z: Tensor) -> Modes:
     return Modes(z, value, grad, hess, torch.where(fine, decrement, torch.inf), fine)
 
 
+def symmetric(hess: Tensor) -> Tensor:
+    """Return the symmetric part of a Hessian, finite as eigenvalues need it."""
+    hess = hess.nan_to_num(0.0, 0.0, 0.0)
+    return 0.5 * (hess + hess.mT)
+
+
 def _newton(grad: Tensor, hess: Tensor, z: Tensor) -> Tensor:
     """Return Newton's step in the absolute Hessian, no longer than about the point itself."""
-    grad, hess = grad.nan_to_num(0.0, 0.0, 0.0), hess.nan_to_num(0.0, 0.0, 0.0)
-    value, axes = torch.linalg.eigh(0.5 * (hess + hess.mT))
-    along = (axes.mT @ grad.unsqueeze(-1)).squeeze(-1)
+    value, axes = torch.linalg.eigh(symmetric(hess))
+    along = (axes.mT @ grad.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)).squeeze(-1)
     least = along.abs() / (1.0 + z.norm(dim=-1, keepdim=True))
     tiny = torch.finfo(z.dtype).tiny
     return -(axes @ (along / value.abs().maximum(least).clamp(min=tiny)).unsqueeze(-1)).squeeze(-1)

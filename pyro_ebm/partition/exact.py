@@ -82,6 +82,7 @@ class Exact:
     def points(self, d: GibbsBoltzmann) -> Points:
         """Return all states, with the measure of the base."""
         x = d.enumerate_support(expand=False)
+        x = x.to(d.floating()) if x.is_floating_point() else x
         return Points(x, d._measure.log_prob(x))
 
     def weighted(self, d: GibbsBoltzmann) -> Weighted:
@@ -106,9 +107,20 @@ class Exact:
 
 
 def _own_sum(d: GibbsBoltzmann) -> Tensor | None:
-    """Return the log Z of an energy that can sum over all its states itself."""
-    own = getattr(d.energy, "log_partition", None)
-    return own(d.beta) if callable(own) and isinstance(d.base, Flat) else None
+    """Return the log Z of an energy that can sum over all its states itself, if this one can.
+
+    Such an energy has ``log_partition(beta)`` and the ``cardinalities`` of the components of its
+    points; the support must hold all its states, those beyond have an infinite energy.
+    """
+    own, cards = (getattr(d.energy, n, None) for n in ("log_partition", "cardinalities"))
+    values = values_of(d.support)
+    if own is None or cards is None or values is None or not isinstance(d.base, Flat):
+        return None
+    whole = torch.equal(values.long(), torch.arange(len(values)))
+    if not whole or d.event_shape != (len(cards),) or max(cards.values()) > len(values):
+        return None
+    with d._binding.active():
+        return own(d.beta)
 
 
 class _Product:

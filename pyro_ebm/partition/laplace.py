@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._guard import walk
-from pyro_ebm._mode import Modes, Space, find_modes, gradient, hessian, space_of
+from pyro_ebm._mode import Modes, Space, find_modes, gradient, hessian, space_of, symmetric
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import differentiable
 from pyro_ebm.partition.base import LogPartition, Weighted, from_weights, warn_low_ess
@@ -98,8 +98,7 @@ def _search(d: GibbsBoltzmann, space: Space) -> tuple[Modes, Modes]:
         ValueError: If what is lowest is no mode with a positive definite Hessian.
     """
     modes = find_modes(d, space)
-    hess = modes.hessian.nan_to_num(0.0, 0.0, 0.0)
-    eigen = torch.linalg.eigvalsh(0.5 * (hess + hess.mT))
+    eigen = torch.linalg.eigvalsh(symmetric(modes.hessian))
     eps = torch.finfo(eigen.dtype).eps
     fine = modes.settled & (eigen[..., 0] > space.dim * eps * eigen[..., -1].abs())
     best = modes.best(fine)
@@ -141,7 +140,7 @@ def _value(space: Space, best: Modes) -> Tensor:
         step = torch.linalg.solve(best.hessian, grad).squeeze(-1)
         z = (start - step).requires_grad_()
         potential, _, hess = hessian(space.potential, z)
-        log_det = torch.linalg.cholesky(0.5 * (hess + hess.mT)).diagonal(dim1=-2, dim2=-1).log()
+        log_det = torch.linalg.cholesky(symmetric(hess)).diagonal(dim1=-2, dim2=-1).log()
         value = 0.5 * space.dim * math.log(2 * math.pi) - potential - log_det.sum(-1)
         learns = graph and walk(value, without=start)[0]
     return value if learns else value.detach()
@@ -153,8 +152,7 @@ def _draw(modes: Modes, num: int) -> tuple[Tensor, Tensor]:
     All particles are scored by the mixture, whose weights are bounded for Gaussian tails and
     have a variance for heavier ones.
     """
-    z, hess = modes.z, 0.5 * (modes.hessian + modes.hessian.mT)
-    root = torch.linalg.cholesky(hess)  # shape: (m, *batch, D, D)
+    z, root = modes.z, torch.linalg.cholesky(symmetric(modes.hessian))  # shape: (m, *batch, D, D)
     m, dim = len(z), z.shape[-1]
     at = torch.arange(num, device=z.device)
     noise = torch.randn_like(z[:1].expand(num, *z.shape[1:]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._guard import UnnormalizedWarning
-from pyro_ebm._mode import Modes, Space, find_modes, space_of
+from pyro_ebm._mode import Modes, Space, find_modes, space_of, symmetric
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.partition.base import LogPartition, Points, Weighted, deterministic, weigh
@@ -84,7 +84,7 @@ class Quadrature:
     mode, or several close ones. Its frame is held fixed in derivatives, which loses nothing: the
     integral does not depend on it.
 
-    The ``std_error`` is the difference to half the number of points or, for Hermite where it is
+    The ``std_error`` is the difference to rules of half the points or, for Hermite where it is
     larger, what the rule may have missed: what a rule of twice the width sees beyond its reach,
     and a mode too narrow for its nodes. With a ``tolerance`` the points are doubled until the
     error is below it (or below rounding); where that fails a warning says what is left.
@@ -191,7 +191,9 @@ class Quadrature:
     ) -> tuple[Tensor, Tensor]:
         """Return the difference to other rules, and that which rounding makes in any."""
         value = _sum(d, points)
-        error = (value - _sum(d, rule.points(n // 2))).abs()
+        # Of two modes one or the other parity puts a node between them: the error alternates.
+        coarse = [_sum(d, rule.points(m)) for m in (n // 2, n // 2 + 1)]
+        error = (value - torch.stack(coarse)).abs().amax(0)
         if rule.frame is not None:
             error = error.maximum(_unseen(d, rule.frame, n, value))
         return error, 64 * torch.finfo(value.dtype).eps * (1 + value.abs())
@@ -281,8 +283,7 @@ def _frame(d: GibbsBoltzmann) -> _Frame:
 
 def _measure(space: Space, modes: Modes, best: Modes) -> _Frame:
     """Return the frame whose axes reach from side to side of all modes that have weight."""
-    hess = best.hessian.nan_to_num(0.0, 0.0, 0.0)
-    value, axes = torch.linalg.eigh(0.5 * (hess + hess.mT))
+    value, axes = torch.linalg.eigh(symmetric(best.hessian))
     signed = torch.cat([axes, -axes], -1).movedim(-1, 0)  # shape: (2 D, *batch, D)
     reach = _reach(space.potential, best, signed, value)
     offset = torch.einsum("s...i,r...i->rs...", modes.z - best.z, signed)
