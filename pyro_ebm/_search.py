@@ -80,9 +80,10 @@ def task_of(energy: Energy, start: Any, support: Constraint | None, num: int | N
     d = GibbsBoltzmann(energy, Flat(event_shape, support, dtype=dtype, device=x.device))
     batch = broadcast_shape(x.shape[: x.dim() - d.event_dim], d.batch_shape)
     x = x.expand(torch.Size(batch) + event_shape)
-    if not d.support.check(x).all():
-        raise ValueError(f"start must lie within the support {support}, got points outside")
-    return Task(d, x.unsqueeze(0), False)
+    task = Task(d, x.unsqueeze(0), False)
+    outside = ~d.support.check(task.start)
+    _refuse_starts(outside, f"start must lie within the support {support}", "others")
+    return task
 
 
 def _event_dim(energy: Energy, x: Tensor) -> int:
@@ -123,14 +124,14 @@ def _fine(task: Task) -> Tensor:
     return x
 
 
-def _refuse_starts(bad: Tensor, rule: str, value: Tensor) -> None:
-    if bad.any():
-        first = bad.nonzero()[0].tolist()
-        rows = [tuple(row[1:]) for row in bad.nonzero()[:5].tolist()]
-        raise ValueError(
-            f"{rule}, got {value[tuple(first)].item()} at {int(bad.sum())} of {bad.numel()} "
-            f"starts, rows {rows}{' and more' if bad.sum() > len(rows) else ''}"
-        )
+def _refuse_starts(bad: Tensor, rule: str, got: Any) -> None:
+    """Name the starts ``(S, *batch)`` that break a rule, and what the first of them has."""
+    if not bad.any():
+        return
+    where = bad.nonzero().tolist()
+    rows = ", ".join(str(tuple(row[1:])) for row in where[:5]) + ", ..." * (len(where) > 5)
+    got = got[tuple(where[0])].item() if isinstance(got, Tensor) else got
+    raise ValueError(f"{rule}, got {got} at {len(where)} of {bad.numel()} starts, rows {rows}")
 
 
 def _continuous(task: Task, options: Options) -> tuple[Tensor, Found]:
@@ -154,7 +155,7 @@ def _continuous(task: Task, options: Options) -> tuple[Tensor, Found]:
 
     z = wide.reshape(rows.numel(), -1)
     edge = ~z.isfinite().all(-1).reshape(rows)
-    _refuse_starts(edge, f"start must lie inside the support {d.support}, not on its edge", edge)
+    _refuse_starts(edge, f"start must lie inside the support {d.support}", "its edge")
     grad = value_and_grad(energy, z)[1].abs().sum(-1).reshape(rows)
     _refuse_starts(~grad.isfinite(), "the gradient must be finite at the start", grad)
     stopped = False

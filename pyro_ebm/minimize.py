@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -17,7 +15,8 @@ from pyro_ebm._descent import Found
 from pyro_ebm._math import Minimum
 from pyro_ebm._search import Options, run, task_of
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.energy import Energy, describe
+from pyro_ebm.energy import Energy
+from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.flat import sites_of
 from pyro_ebm.kernels.base import check_count, check_positive, expand_like
 
@@ -28,7 +27,7 @@ NUM_STEPS = {
     "annealed": 2000,
     "gd": 10_000,
     "adam": 10_000,
-    "newton": 200,
+    "newton": 500,
     "ista": 10_000,
     "fista": 10_000,
 }
@@ -67,8 +66,8 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
     supports ``"enumerate"`` (the default up to about a million states), ``"icm"`` (one
     component at a time; the default above) and ``"annealed"``. ``"annealed"`` first samples at
     rising ``betas``, by MALA or Gibbs sampling, then goes on by the default method; use it, or
-    many starts, where there are many minima. A factor graph (an energy with a method ``minimum``)
-    is handed over to that where ``start`` is left out.
+    many starts, where there are many minima. A :class:`~pyro_ebm.FactorGraph` finds its own,
+    exact minimum where ``start`` is left out.
 
     **Supports.** A search runs in unconstrained space, :math:`x = T(z)`, but minimises the energy
     itself, without the Jacobian, which a density of :math:`z` would have: the minimum does
@@ -97,7 +96,7 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
             best minimum is returned; by default one. To have all of them, pass
             ``start.sample((n,))`` with ``support=start.support``.
         num_steps: The most steps of a row: points tried (``"lbfgs"``: 2000), Hessians
-            (``"newton"``: 200), steps (10,000), or sweeps (``"icm"``: 1000).
+            (``"newton"``: 500), steps (10,000), or sweeps (``"icm"``: 1000).
         tolerance: The largest component of the gradient at a minimum; by default the square root
             of the precision of the type, 1.5e-8 or 3.5e-4.
         step_size: The learning rate of ``"gd"`` and ``"adam"``.
@@ -134,26 +133,16 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
     """
     if not callable(energy):
         raise TypeError(f"energy must be callable, got {type(energy).__name__}")
+    if isinstance(energy, FactorGraph) and start is None:
+        return energy.minimum()
     if start is None:
-        return _own_minimum(energy)
+        raise TypeError("start must be given for all energies but a FactorGraph")
     with torch.inference_mode(False), torch.no_grad(), evaluating(energy):
         task = task_of(energy, start, support, num_starts)
         options = _options(task.d, method, num_steps, tolerance, betas, l1, step_size)
         x, found = run(task, options)
     _warn(found, options)
     return _best(x, found, task.rows)
-
-
-def _own_minimum(energy: Any) -> Minimum:
-    """Let a structured energy find its minimum in its own way."""
-    own = getattr(energy, "minimum", None)
-    try:
-        inspect.signature(own).bind()  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(
-            f"start must be given: {describe(energy)} has no method 'minimum' of its own"
-        ) from None
-    return own()  # type: ignore[misc]
 
 
 def _options(

@@ -86,9 +86,9 @@ def largest(grad: Tensor) -> Tensor:
 def descend(search: Search, z: Tensor, tolerance: float, budget: Tensor) -> Found:
     """Move every row until its gradient has vanished, it is stuck, or its steps are used up.
 
-    The gradient has vanished where its largest component is at most ``tolerance``, or the
-    rounding error of that at the start. A row that has not converged ends at its lowest point.
-    So do all where the user interrupts.
+    The gradient has vanished where its largest component is at most ``tolerance``; where a row
+    is stuck, at most the rounding error of that at the start. A row that has not converged ends
+    at its lowest point. So do all where the user interrupts.
 
     Args:
         search: What moves the rows.
@@ -98,20 +98,20 @@ def descend(search: Search, z: Tensor, tolerance: float, budget: Tensor) -> Foun
     """
     state = search.init(z)
     best = Point(*state[:4])
-    limit = (8 * torch.finfo(z.dtype).eps * largest(state.grad)).clamp(min=tolerance)
+    noise = 8 * torch.finfo(z.dtype).eps * largest(state.grad)
     steps, interrupted = torch.zeros_like(budget), False
     try:
-        while (going := ~(_arrived(state, limit) | state.stuck | (steps >= budget))).any():
+        while (going := ~(_arrived(state, tolerance) | state.stuck | (steps >= budget))).any():
             state = choose(going, search.step(state), state)
             steps = steps + going
             best = choose(state.energy < best.energy, Point(*state[:4]), best)
     except KeyboardInterrupt:
         interrupted = True
-    arrived = _arrived(state, limit)
-    end = choose(arrived, Point(*state[:4]), best)
+    end = choose(_arrived(state, tolerance), Point(*state[:4]), best)
+    arrived = _arrived(end, tolerance) | (state.stuck & _arrived(end, noise))
     found = arrived & (not interrupted)
     return Found(end.position, end.energy, largest(end.grad), found, steps, interrupted)
 
 
-def _arrived(state: Any, limit: Tensor) -> Tensor:
+def _arrived(state: Any, limit: float | Tensor) -> Tensor:
     return state.energy.isfinite() & (largest(state.grad) <= limit)

@@ -13,7 +13,7 @@ from pyro_ebm.kernels.base import choose
 
 ARMIJO, WOLFE = 1e-4, 0.9  # Nocedal and Wright (2006), section 3.1
 MEMORY = 10  # pairs that are kept
-TRIALS = 30  # points of one line search
+TRIALS = 20  # points of one line search
 
 
 class LbfgsState(NamedTuple):

@@ -33,7 +33,7 @@ def newton(energy: Energy) -> Search:
     def init(z: Tensor) -> NewtonState:
         value, grad, hessian = _second_order(energy, z)
         values, vectors = torch.linalg.eigh(hessian)
-        damping = 1e-3 * values.abs().amax(-1)
+        damping = 1e-6 * values.abs().amax(-1)
         stuck = torch.zeros_like(value, dtype=torch.bool)
         return NewtonState(z, value, grad, stuck, values, vectors, damping)
 
@@ -45,9 +45,9 @@ def newton(energy: Energy) -> Search:
         new = init(state.position - (state.vectors @ along.unsqueeze(-1)).squeeze(-1))
         level = new.energy <= state.energy + rounding(state.energy)
         lower = (new.energy < state.energy) | (level & (largest(new.grad) < largest(state.grad)))
-        more = (10 * state.damping).maximum(1e-3 * scale.amax(-1))
+        more = (4 * state.damping).maximum(1e-3 * most.squeeze(-1).maximum(largest(state.grad)))
         stay = state._replace(damping=more, stuck=(new.position == state.position).all(-1))
-        return choose(lower, new._replace(damping=0.1 * state.damping), stay)
+        return choose(lower, new._replace(damping=0.3 * state.damping), stay)
 
     return Search(init, step)
 

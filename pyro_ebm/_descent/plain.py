@@ -21,6 +21,7 @@ def by_torch(energy: Energy, optimizer: type, step_size: float, z: Tensor) -> Se
         point.data.copy_(state.position)
         point.grad = state.grad.clone()
         tool.step()
-        return init(point.detach().clone())
+        new = init(point.detach().clone())
+        return new._replace(stuck=new.stuck | (new.position == state.position).all(-1))
 
     return Search(init, step)

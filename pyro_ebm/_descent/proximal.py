@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm._descent.base import Search, dot, evaluate, refuse_bottomless, rounding
+from pyro_ebm._descent.base import Search, dot, evaluate, rounding
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels.base import choose
 
@@ -15,7 +15,8 @@ from pyro_ebm.kernels.base import choose
 class ProximalState(NamedTuple):
     """Rows and the points ``y`` from which they step, with energy and gradient there.
 
-    ``energy`` has the l1 part; ``grad`` is the gradient mapping, which vanishes at the minimum.
+    ``energy`` has the l1 part; ``grad`` is ``x - shrink(x - gradient)``, which vanishes at the
+    minimum and there alone.
     """
 
     position: Tensor
@@ -32,44 +33,54 @@ class ProximalState(NamedTuple):
 def proximal(energy: Energy, l1: Tensor, accelerated: bool) -> Search:
     r"""ISTA, or FISTA with restarts: proximal steps for :math:`E(x) + \lambda |x|_1`.
 
-    The step :math:`1 / L` is found by backtracking. A step costs an energy and a gradient.
+    .. math:: x' = \operatorname{shrink}(y - \nabla E(y) / L, \lambda / L)
+
+    The :math:`L` is found by backtracking. A step costs a gradient, of FISTA two.
     """
-
-    def shrink(state: ProximalState) -> Tensor:
-        rate = 1 / state.lipschitz.unsqueeze(-1)
-        moved = state.y - rate * state.y_grad
-        return moved.sign() * (moved.abs() - rate * l1).clamp(min=0.0)
-
-    def mapping(state: ProximalState, x: Tensor) -> Tensor:
-        return state.lipschitz.unsqueeze(-1) * (state.y - x)
 
     def init(z: Tensor) -> ProximalState:
         value, grad = evaluate(energy, z)
         one = torch.ones_like(value)
-        lipschitz = _secant(energy, z, grad)
-        total = value + dot(l1, z.abs())
-        state = ProximalState(
-            z, total, grad, torch.zeros_like(one).bool(), z, value, grad, lipschitz, one
-        )
-        return state._replace(grad=mapping(state, shrink(state)))
+        at = (value + dot(l1, z.abs()), z - _shrink(z - grad, l1), torch.zeros_like(one).bool())
+        return ProximalState(z, *at, z, value, grad, _secant(energy, z, grad), one)
 
     def step(state: ProximalState) -> ProximalState:
-        x = shrink(state)
-        value = energy(x)
-        refuse_bottomless(value)
-        y, momentum = _ahead(state, x) if accelerated else (x, state.momentum)
-        y_energy, y_grad = evaluate(energy, y)
-        d = x - state.y
-        bound = state.y_energy + dot(state.y_grad, d) + 0.5 * state.lipschitz * dot(d, d)
-        fine = (value <= bound + rounding(bound)) & y_energy.isfinite()
-        new = ProximalState(
-            x, value + dot(l1, x.abs()), mapping(state, x), state.stuck, y, y_energy, y_grad,
-            state.lipschitz, momentum,
-        )  # fmt: skip
-        shorter = 2 * state.lipschitz
-        return choose(fine, new, state._replace(lipschitz=shorter, stuck=~shorter.isfinite()))
+        rate = 1 / state.lipschitz.unsqueeze(-1)
+        x = _shrink(state.y - rate * state.y_grad, rate * l1)
+        value, grad = evaluate(energy, x)
+        total, residual = value + dot(l1, x.abs()), x - _shrink(x - grad, l1)
+        stuck = (x == state.position).all(-1) & (x == state.y).all(-1)
+        y, momentum, y_energy, y_grad = x, state.momentum, value, grad
+        if accelerated:
+            y, momentum = _ahead(state, x)
+            y_energy, y_grad = evaluate(energy, y)
+        fine = _majorised(state, x, value, grad) & y_energy.isfinite()
+        found = (x, total, residual, stuck, y, y_energy, y_grad, state.lipschitz, momentum)
+        return choose(fine, ProximalState(*found), _shorter(state))
 
     return Search(init, step)
+
+
+def _shrink(x: Tensor, by: Tensor) -> Tensor:
+    """Move components towards zero, and not beyond."""
+    return x.sign() * (x.abs() - by).clamp(min=0.0)
+
+
+def _shorter(state: ProximalState) -> ProximalState:
+    """Stay, and step half as far next time."""
+    lipschitz = 2 * state.lipschitz
+    return state._replace(lipschitz=lipschitz, stuck=~lipschitz.isfinite())
+
+
+def _majorised(state: ProximalState, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+    """Whether the parabola from ``y`` with the present L lies above the energy at ``x``."""
+    d = x - state.y
+    reach = state.lipschitz * dot(d, d)
+    above = value <= state.y_energy + dot(state.y_grad, d) + 0.5 * reach
+    # Where rounding hides differences of energies, the curvature decides, as it may for parabolas.
+    close = (value - state.y_energy).abs() <= torch.finfo(d.dtype).eps ** 0.5 * value.abs()
+    noise = rounding(dot(grad.abs(), d.abs()))
+    return value.isfinite() & (above | (close & (dot(grad - state.y_grad, d) <= reach + noise)))
 
 
 def _secant(energy: Energy, z: Tensor, grad: Tensor) -> Tensor:

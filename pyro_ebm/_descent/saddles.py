@@ -56,7 +56,9 @@ def way_down(energy: Energy, found: Found, tolerance: float) -> tuple[Tensor, Te
     if not found.converged.any():
         return z, none
     direction, least, most = least_curvature(energy, z)
-    doubtful = found.converged & (least <= torch.finfo(z.dtype).eps ** 0.5 * most)
+    doubtful = found.converged & (
+        least <= torch.finfo(z.dtype).eps ** (1 / 3) * most.clamp(min=1.0)
+    )
     if not doubtful.any():
         return z, none
     best, lowest = z, found.energy
@@ -79,15 +81,14 @@ def least_curvature(energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return unit vectors of least curvature, the curvature, and the largest in size.
 
     By Lanczos' method, on products of the Hessian from differences of gradients,
-    :math:`H v \approx (\nabla E(z + h v) - \nabla E(z)) / h`: exact in few dimensions.
+    :math:`H v \approx (\nabla E(z + h v) - \nabla E(z - h v)) / (2 h)`: exact in few dimensions.
     """
     h = torch.finfo(z.dtype).eps ** (1 / 3) * z.abs().amax(-1, keepdim=True).clamp(min=1.0)
-    grad = evaluate(energy, z)[1]
     v = torch.randn_like(z)
     basis, images = z.new_empty(len(z), 0, z.shape[-1]), []
     for _ in range(min(z.shape[-1], LANCZOS)):
         v = _orthogonal(v, basis)
-        images.append((evaluate(energy, z + h * v)[1] - grad) / h)
+        images.append((evaluate(energy, z + h * v)[1] - evaluate(energy, z - h * v)[1]) / (2 * h))
         basis, v = torch.cat([basis, v.unsqueeze(1)], 1), images[-1]
     small = basis @ torch.stack(images, -1)  # shape: (n, k, k)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
