@@ -38,9 +38,10 @@ class Bracket(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Particles of a distribution, and what its potential was at them."""
+    """Particles ``x`` with their weights, and what the ``potential`` was when they were made."""
 
-    particles: Weighted
+    x: Tensor
+    log_weight: Tensor
     potential: Tensor
 
 
@@ -239,12 +240,11 @@ class Annealed:
 
     def _reweighted(self, d: GibbsBoltzmann) -> tuple[LogPartition, Weighted]:
         """Let the particles of the first evaluation stand for another distribution near it."""
-        kept = self._keep(d)
-        dead = kept.particles.log_weight == -torch.inf
-        potential = torch.where(dead, torch.inf, d.potential(kept.particles.x))
-        wall = potential == torch.inf
-        change = torch.where(wall, 0.0, kept.potential) - torch.where(wall, 0.0, potential)
-        log_weight = torch.where(wall, -torch.inf, kept.particles.log_weight + change)
+        x, before, old = self._keep(d)
+        new = d.potential(x)
+        wall = (before == -torch.inf) | (new == torch.inf)
+        change = torch.where(wall, 0.0, old) - torch.where(wall, 0.0, new)
+        log_weight = torch.where(wall, -torch.inf, before + change)
         estimate = from_weights(log_weight + math.log(len(log_weight)))
         low = float(estimate.ess.min())
         if not low >= MIN_ESS:
@@ -254,25 +254,26 @@ class Annealed:
                 "method once near the middle of the posterior before inference, use more "
                 "particles, or Table or Exchange, which need no particles in common"
             )
-        return estimate, Weighted(kept.particles.x, log_weight)
+        return estimate, Weighted(x, log_weight)
 
     def _keep(self, d: GibbsBoltzmann) -> Kept:
         """Return the particles in common, made now if there are none that fit."""
-        if self._kept is not None and _fits(self._kept, d):
-            return self._kept
-        with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
-            path, ladder = self._pilot(d)
-            particles = self._forward(path, ladder)[1]
-            self._finish(path)
-            self._kept = Kept(particles, d.potential(particles.x))
-        return self._kept
+        if self._kept is None or not _fits(self._kept, d):
+            with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
+                path, ladder = self._pilot(d)
+                particles = self._forward(path, ladder)[1]
+                self._finish(path)
+                self._kept = Kept(*particles, d.potential(particles.x))
+        x, log_weight, potential = self._kept
+        ones = [1] * (len(d.batch_shape) + 1 - log_weight.dim())
+        wide = (a.reshape(len(a), *ones, *a.shape[1:]) for a in (x, log_weight, potential))
+        return Kept(*wide)
 
 
 def _fits(kept: Kept, d: GibbsBoltzmann) -> bool:
     """Whether kept particles have the event of a distribution, and a batch that broadcasts."""
-    x = kept.particles.x
-    batch = kept.particles.log_weight.shape[1:]
-    if x.shape[1 + len(batch) :] != d.event_shape or len(batch) > len(d.batch_shape):
+    batch = kept.log_weight.shape[1:]
+    if kept.x.shape[1 + len(batch) :] != d.event_shape or len(batch) > len(d.batch_shape):
         return False
     pairs = zip(reversed(batch), reversed(d.batch_shape), strict=False)
     return all(n in (1, m) for n, m in pairs)
@@ -282,12 +283,12 @@ def _warn(estimate: LogPartition, log_weight: Tensor, what: str) -> None:
     """Say so when weights are few, or too heavy-tailed for the error that they show."""
     warn_low_ess(estimate.ess, what)
     k = tail_index(log_weight)
-    if (k > HEAVY).any() and float(estimate.ess.min()) >= MIN_ESS:
+    heavy = (k > HEAVY) & (estimate.ess < len(log_weight) / 2)
+    if heavy.any() and float(estimate.ess.min()) >= MIN_ESS:
         warnings.warn(
             f"the error of log Z by {what} cannot be trusted: its weights are heavy-tailed, with "
-            f"an index of {float(k.max()):.2f}, above {HEAVY} in {int((k > HEAVY).sum())} of "
-            f"{k.numel()} batch elements. Use more steps, or a proposal closer to the "
-            "distribution",
+            f"an index above {HEAVY} in {int(heavy.sum())} of {heavy.numel()} batch elements. Use "
+            "more steps, or a proposal closer to the distribution",
             UnnormalizedWarning,
             stacklevel=4,
         )
