@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 
 from pyro_ebm._binding import evaluating
 from pyro_ebm._short_run import adapt, unconstrained
-from pyro_ebm.distribution import GibbsBoltzmann
+from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy
 from pyro_ebm.flat import Flat, values_of
 from pyro_ebm.kernels import Diagonal, Kernel, adapt_ladder, gibbs, hmc, tempered
@@ -43,7 +43,13 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
         ValueError: If there is neither a base that can be drawn nor a proposal.
     """
     if proposal is not None:
-        return Path(_drawing(d, proposal), proposal.log_prob, _over(d, proposal), 0.0)
+        if proposal.event_shape != d.event_shape:
+            raise ValueError(
+                f"proposal must have the event shape {tuple(d.event_shape)}, got "
+                f"{tuple(proposal.event_shape)}"
+            )
+        wide = unvalidated(proposal.expand(d.batch_shape))
+        return Path(wide.sample, wide.log_prob, _over(d, wide), 0.0)
     log_volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
     if not math.isfinite(log_volume):
         raise ValueError(
@@ -54,16 +60,6 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
         return (d.beta * d._energy_at(x)).expand(x.shape[: x.dim() - d.event_dim])
 
     return Path(d.base.sample, d._measure.log_prob, excess, log_volume)
-
-
-def _drawing(d: GibbsBoltzmann, proposal: Any) -> Callable[[torch.Size], Tensor]:
-    if proposal.event_shape != d.event_shape:
-        raise ValueError(
-            f"proposal must have the event shape {tuple(d.event_shape)}, got "
-            f"{tuple(proposal.event_shape)}"
-        )
-    wide = proposal.expand(d.batch_shape)
-    return lambda shape: wide.sample(shape)
 
 
 def _over(d: GibbsBoltzmann, proposal: Any) -> Energy:
@@ -108,14 +104,13 @@ class _Space(NamedTuple):
     make: Callable[[Tensor, Tensor | None], Callable[[Energy], Kernel]]
 
 
-def _space(d: GibbsBoltzmann, path: Path) -> _Space:
+def _space(d: GibbsBoltzmann, path: Path, kernel: Callable[..., Kernel] | None) -> _Space:
     cold = lambda x: -path.log_measure(x)
     values = values_of(d.support)
-    same = lambda x: x
     if values is not None:
-        dims = 2 + len(d.batch_shape)
-        turn = lambda _, __: lambda u: gibbs(u, values.to(d.floating()), dims)
-        return _Space(same, same, cold, path.excess, turn)
+        same, dims = (lambda x: x), 2 + len(d.batch_shape)
+        sweep = kernel or (lambda u: gibbs(u, values.to(d.floating()), dims))
+        return _Space(same, same, cold, path.excess, lambda *_: sweep)
     if d.has_enumerate_support:
         raise NotImplementedError(
             f"chains need a support of components, got {d.support}: use Exact()"
@@ -123,6 +118,8 @@ def _space(d: GibbsBoltzmann, path: Path) -> _Space:
     transform = biject_to(d.support)
 
     def make(step: Tensor, scale: Tensor | None) -> Callable[[Energy], Kernel]:
+        if kernel is not None:
+            return lambda u: kernel(u, step)
         metric = None if scale is None else Diagonal(scale)
         return lambda u: hmc(u, step, NUM_STEPS, metric=metric, jitter=0.5, step_jitter=0.2)
 
@@ -131,15 +128,33 @@ def _space(d: GibbsBoltzmann, path: Path) -> _Space:
     return _Space(transform.inv, transform, base_energy, pulled, make)
 
 
+class Plan(NamedTuple):
+    """How chains are run.
+
+    ``betas`` are the levels; ``respace`` says whether warm-up adapts those in between. ``kernel``
+    makes one of a potential, and on continuous supports of a step; None is HMC, or Gibbs sampling
+    on finite supports.
+    """
+
+    betas: Tensor
+    num_chains: int
+    num_samples: int
+    warmup: int
+    respace: bool
+    kernel: Callable[..., Kernel] | None = None
+
+
 class _Replicas:
     """Chains at all levels, and what their warm-up has found."""
 
-    def __init__(self, d: GibbsBoltzmann, path: Path, betas: Tensor, num_chains: int) -> None:
-        self.d, self.path, self.betas = d, path, betas
-        self.space = _space(d, path)
-        self.shape = torch.Size((num_chains,))
+    def __init__(self, d: GibbsBoltzmann, path: Path, plan: Plan) -> None:
+        self.d, self.path, self.betas = d, path, plan.betas
+        self.space, self.respace = _space(d, path, plan.kernel), plan.respace
+        # a kernel of the caller's has steps of its own units
+        self.scales = plan.kernel is None and values_of(d.support) is None
+        self.shape = torch.Size((plan.num_chains,))
         ones = (1,) * (1 + len(d.batch_shape))
-        self.log_step = torch.full((len(betas), *ones), -1.0).to(betas)
+        self.log_step = torch.full((len(self.betas), *ones), -1.0).to(self.betas)
         self.scale: Tensor | None = None
         self.state = self.kernel().init(self.space.to(self._start()))
 
@@ -184,15 +199,15 @@ class _Replicas:
         inner = self.space.make(self.log_step.exp(), self.scale)(whole)
         self.state = self.state._replace(inner=inner.init(self.state.inner.position))
 
-    def warm(self, num: int, respace: bool) -> None:
-        """Find a step size and a scale for each level, and (``respace``) the levels."""
+    def warm(self, num: int) -> None:
+        """Find a step size and a scale for each level, and perhaps the levels."""
         for length in (num // 8, num // 8, num // 4):
             if length < 2:
                 continue
             variance, rejection = self._round(length)
-            if values_of(self.d.support) is None:
+            if self.scales:
                 self._rescale(variance)
-            if respace:
+            if self.respace:
                 self.betas = adapt_ladder(self.betas, rejection.to(self.betas))
             self.refresh()
         if num // 2:
@@ -220,24 +235,13 @@ class _Replicas:
         self.log_step = torch.full_like(self.log_step, -0.5)
 
 
-def draw_along(
-    d: GibbsBoltzmann, path: Path, betas: Tensor, counts: tuple[int, int, int], respace: bool
-) -> Drawn:
-    """Draw from all levels of a path by replica exchange, the first of them exactly.
-
-    Args:
-        d: The distribution.
-        path: The way to it.
-        betas: The levels, increasing from 0 to 1, of shape ``(K,)``.
-        counts: How many chains, draws of each, and moves of warm-up.
-        respace: Whether warm-up adapts the levels in between.
-    """
-    chains, num, warmup = counts
+def draw_along(d: GibbsBoltzmann, path: Path, plan: Plan) -> Drawn:
+    """Draw from all levels of a path by replica exchange, the first of them exactly."""
     with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
-        replicas = _Replicas(d, path, betas, chains)
-        replicas.warm(warmup, respace)
+        replicas = _Replicas(d, path, plan)
+        replicas.warm(plan.warmup)
         rows, points = [], []
-        for _ in range(num):
+        for _ in range(plan.num_samples):
             first, _ = replicas.step()
             x = replicas.space.back(replicas.state.inner.position[1:])
             rows.append(torch.cat([first[None], check_excess(path.excess(x), "draws")]))

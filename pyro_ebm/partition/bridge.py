@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm._bennett import Influence, Masses, masses
-from pyro_ebm._replicas import Drawn, Path, check_excess, draw_along, path_of
+from pyro_ebm._replicas import Drawn, Path, Plan, check_excess, draw_along, path_of
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.kernels.base import check_count
+from pyro_ebm.kernels.base import Kernel, check_count
 from pyro_ebm.partition.base import (
     LogPartition,
     Weighted,
@@ -114,16 +115,18 @@ class MBAR:
     draws where the ladder overlaps least.
 
     Args:
-        betas: The levels :math:`s_k`, as shares of ``d.beta``, increasing from 0 to 1. If None
-            warm-up adapts ``num_temperatures`` of them to equal rates of swaps.
+        betas: The levels :math:`s_k`, as shares of ``d.beta``, increasing from 0 to 1, or how
+            many there are: then warm-up adapts them to equal rates of swaps.
         num_chains: The number of independent chains; the error is measured between them.
         num_samples: The draws of each chain at each level.
         proposal: The law to start from, normalised; the base if None.
-        num_temperatures: The number of levels, if ``betas`` is None.
+        kernel: Makes an exact kernel of a potential, and on continuous supports of a step size,
+            of points with the dimensions ``(K, chains, *batch)`` before the event. By default it
+            is HMC, or Gibbs sampling on finite supports.
         warmup: The moves before the first draw.
 
     Raises:
-        TypeError: If ``betas`` is no floating-point tensor.
+        TypeError: If ``betas`` is a tensor of whole numbers.
         ValueError: If a count is too small, or ``betas`` not as said; when used, if there is no
             proposal and the base has an infinite volume, or an energy is NaN.
         NotImplementedError: When used, on a finite support that is not one of components.
@@ -137,7 +140,7 @@ class MBAR:
         >>> wells = lambda x: 8.0 * (x.square() - 1.0).square()
         >>> d = ebm.GibbsBoltzmann(wells, dist.Normal(0.0, 2.0))
         >>> truth = ebm.log_partition(d, ebm.partition.Quadrature(-5.0, 5.0, 200)).value
-        >>> est = ebm.partition.MBAR(num_chains=32, num_samples=100, num_temperatures=5)(d)
+        >>> est = ebm.partition.MBAR(5, num_samples=100)(d)
         >>> abs(est.value - truth) < 4 * est.std_error
         tensor(True)
     """
@@ -147,23 +150,21 @@ class MBAR:
 
     def __init__(
         self,
-        betas: Tensor | None = None,
+        betas: Tensor | int = 8,
         num_chains: int = 32,
         num_samples: int = 200,
         *,
         proposal: Any = None,
-        num_temperatures: int = 8,
+        kernel: Callable[..., Kernel] | None = None,
         warmup: int = 200,
     ) -> None:
         check_count("num_chains", num_chains, 1)
         check_count("num_samples", num_samples, 1)
-        check_count("num_temperatures", num_temperatures, 2)
         check_count("warmup", warmup, 0)
         if num_chains * num_samples < 2:
             raise ValueError("num_chains * num_samples must be at least 2, got 1")
-        if betas is not None:
-            _check_levels(betas)
-        self.betas, self.num_temperatures, self.proposal = betas, num_temperatures, proposal
+        _check_levels(betas)
+        self.betas, self.proposal, self.kernel = betas, proposal, kernel
         self.counts = num_chains, num_samples, warmup
         self._kept: Drawn | None = None
 
@@ -201,10 +202,11 @@ class MBAR:
         path = path_of(d, self.proposal)
         if self._kept is not None:
             return path, _with_base(d, path, self._kept)
-        betas, like = self.betas, d.floating()
-        if betas is None:
-            betas = torch.linspace(0.0, 1.0, self.num_temperatures).pow(3)
-        return path, draw_along(d, path, betas.to(like), self.counts, self.betas is None)
+        betas, adapted = self.betas, not isinstance(self.betas, Tensor)
+        if not isinstance(betas, Tensor):
+            betas = torch.linspace(0.0, 1.0, betas).pow(3)
+        plan = Plan(betas.to(d.floating()), *self.counts, adapted, self.kernel)
+        return path, draw_along(d, path, plan)
 
     def ladder(self, d: GibbsBoltzmann) -> tuple[Tensor, LogPartition, Tensor]:
         r"""Return log Z at all levels, from one run.
@@ -247,14 +249,17 @@ class MBAR:
         return _estimate(d, *self._draw(d), "MBAR")
 
 
-def _check_levels(betas: Tensor) -> None:
-    if not (isinstance(betas, Tensor) and betas.is_floating_point()):
-        raise TypeError(f"betas must be a floating-point tensor, got {type(betas).__name__}")
+def _check_levels(betas: Any) -> None:
+    if not isinstance(betas, Tensor):
+        return check_count("betas", betas, 2)
+    if not betas.is_floating_point():
+        raise TypeError(f"betas must be of floating point, got {betas.dtype}")
     right = betas.dim() == 1 and len(betas) > 1 and betas[0] == 0 and betas[-1] == 1
     if not (right and bool((betas.diff() > 0).all())):
         raise ValueError(
             f"betas must be shares of d.beta that increase from 0 to 1, got {betas.tolist()}"
         )
+    return None
 
 
 def _chains(d: GibbsBoltzmann, samples: Tensor | None, num: int) -> Tensor:
@@ -292,7 +297,7 @@ def _with_base(d: GibbsBoltzmann, path: Path, kept: Drawn) -> Drawn:
 
 def _solved(drawn: Drawn, what: str) -> Masses:
     found = masses(drawn.excess, drawn.betas)
-    # equations that cannot be solved have no overlap at all
+    # equations that have no solution are those of levels without any overlap
     lost = torch.where(found.converged, found.ess.nan_to_num(0.0), 0.0)
     warn_low_ess(lost, what)
     return found._replace(ess=lost)
@@ -301,7 +306,8 @@ def _solved(drawn: Drawn, what: str) -> Masses:
 def _estimate(d: GibbsBoltzmann, path: Path, drawn: Drawn, what: str) -> LogPartition:
     found, like = _solved(drawn, what), drawn.excess
     value = (found.log_mass[-1] + path.log_mass).to(like)
-    std_error = torch.where(found.ess > 0, found.covariance[-1, -1].sqrt(), torch.inf)
+    # less than one draw in the overlap says nothing of its own error
+    std_error = torch.where(found.ess >= 1, found.covariance[-1, -1].sqrt(), torch.inf)
     x = drawn.x.flatten(0, 1)
     particles = Weighted(x, torch.zeros(len(x), *value.shape).to(like))
     return LogPartition(surrogate(d, value, particles), std_error.to(like), found.ess.to(like))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_ebm._bennett import error_of_mean
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.partition.base import Method, Weighted, log_partition, warn_low_ess
+from pyro_ebm.partition.base import Method, Weighted, log_partition
 
 
 class Estimate(NamedTuple):
@@ -24,23 +24,28 @@ class Estimate(NamedTuple):
     ess: Tensor
 
 
-class _Sample(NamedTuple):
-    """Points of a distribution, and how its log Z and its means depend on each.
+class _Points(NamedTuple):
+    """Points of a distribution, and what each says of its log Z.
 
-    ``x`` is ``(n, *batch, *event)``, ``share`` ``(n, *batch)`` sums to one and has its gradient
-    in the parameters, as has ``log_z`` ``(*batch,)``. ``rows`` ``(T, C)`` is how the points were
-    drawn, None if they were not; ``log_z_rows`` ``(n, *batch)`` what each adds to log Z, and
-    ``spare`` ``(*batch,)`` the variance of log Z beyond that.
+    ``rows`` ``(T, C)`` is how the points were drawn, in C independent chains; ``log_z_rows``
+    ``(n, *batch)`` what each adds to log Z. All errors are ``slow`` ``(*batch,)`` times those of
+    independent rows. Points that were not drawn have no rows, and log Z the error ``fixed``.
     """
 
-    x: Tensor
+    particles: Weighted
+    rows: tuple[int, int] | None
+    log_z_rows: Tensor
+    ess: Tensor
+    slow: Tensor | float = 1.0
+    fixed: Tensor | float = 0.0
+
+
+class _Tilted(NamedTuple):
+    """Potentials ``(n, *batch)`` and shares of points, and log Z, with gradients."""
+
     potential: Tensor
     share: Tensor
     log_z: Tensor
-    rows: tuple[int, int] | None
-    log_z_rows: Tensor
-    spare: Tensor
-    ess: Tensor
 
 
 def entropy(d: GibbsBoltzmann, method: Method) -> Estimate:
@@ -71,8 +76,9 @@ def entropy(d: GibbsBoltzmann, method: Method) -> Estimate:
         >>> entropy(d, ebm.partition.Exact()).value
         tensor(1.7466)
     """
-    sample = _sample(d, method)
-    return _mean_plus_log_z(sample, sample.potential)
+    points = _points(d, method)
+    tilted = _tilt(d, points.particles)
+    return _mean_plus_log_z(points, tilted, tilted.potential)
 
 
 def kl_divergence(
@@ -120,9 +126,10 @@ def kl_divergence(
             f"p and q must both be discrete or both continuous, got the supports {p.support} and "
             f"{q.support}"
         )
-    sample, other = _sample(p, method), log_partition(q, method_q or method)
-    there = _potential(q, sample.x)
-    found = _mean_plus_log_z(sample, there - sample.potential, -1.0)
+    points, other = _points(p, method), log_partition(q, method_q or method)
+    tilted = _tilt(p, points.particles)
+    there = _potential(q, points.particles.x.detach())
+    found = _mean_plus_log_z(points, tilted, there - tilted.potential, -1.0)
     error = (found.std_error.square() + other.std_error.square()).sqrt()
     return Estimate(found.value + other.value, error, torch.minimum(found.ess, other.ess))
 
@@ -173,60 +180,50 @@ def _potential(d: GibbsBoltzmann, x: Tensor) -> Tensor:
     return torch.where(inside, d.potential(torch.where(wide, x, like)), torch.inf)
 
 
-def _sample(d: GibbsBoltzmann, method: Any) -> _Sample:
+def _points(d: GibbsBoltzmann, method: Any) -> _Points:
     """Return points of a distribution by a method, and what they say of its log Z."""
-    name = type(method).__name__
-    if hasattr(method, "influence"):
+    if callable(getattr(method, "influence", None)):
         found = method.influence(d)
         x, rows = found.x.flatten(0, 1), tuple(found.x.shape[:2])
         even = (found.log_z - math.log(len(x))).expand(len(x), *found.log_z.shape)
-        log_z_rows, ess = found.log_z_rows.flatten(0, 1), found.ess
-        particles, spare = Weighted(x, even), torch.zeros_like(found.log_z)
-    elif hasattr(method, "weighted"):
-        particles, rows = method.weighted(d), (1, 0)
-        weight = particles.log_weight.detach()
-        share, n = torch.softmax(weight, 0), len(weight)
-        log_z_rows, ess = n * share - 1.0, 1.0 / share.square().sum(0)
-        if method.value == "exact":
-            rows, spare = None, method(d).std_error.square()
-            ess = torch.full_like(ess, torch.inf)
-        else:
-            rows, spare = (1, n), torch.zeros_like(ess)
-            warn_low_ess(ess, name)
-    else:
+        return _Points(Weighted(x, even), rows, found.log_z_rows.flatten(0, 1), found.ess)
+    if not callable(getattr(method, "weighted", None)):
+        name = type(method).__name__
         raise TypeError(f"method must give weighted points, got {name}, which gives none")
-    return _tilted(d, particles, rows, log_z_rows, spare, ess)
+    particles = method.weighted(d)
+    share = torch.softmax(particles.log_weight.detach(), 0)
+    ess, n = 1.0 / share.square().sum(0), len(share)
+    with torch.no_grad():
+        reported = method(d)
+    log_z_rows = n * share - 1.0
+    if method.value == "exact":
+        ess = torch.full_like(ess, torch.inf)
+        return _Points(particles, None, log_z_rows, ess, fixed=reported.std_error)
+    # relations between particles that their weights do not show, as of one ancestor
+    alone = (1.0 / ess - 1.0 / n).clamp(min=0.0)
+    slow = (reported.std_error.square() / alone).nan_to_num(1.0).clamp(min=1.0).sqrt()
+    return _Points(particles, (1, n), log_z_rows, torch.minimum(ess, reported.ess), slow)
 
 
-def _tilted(  # noqa: PLR0913 - the parts of one record
-    d: GibbsBoltzmann,
-    particles: Weighted,
-    rows: tuple[int, int] | None,
-    log_z_rows: Tensor,
-    spare: Tensor,
-    ess: Tensor,
-) -> _Sample:
+def _tilt(d: GibbsBoltzmann, particles: Weighted) -> _Tilted:
     """Give the weights of points the gradients that those of the density have."""
     x, weight = particles.x.detach(), particles.log_weight.detach()
-    batch = weight.shape
-    none = weight == -torch.inf
     # points of no weight have any energy, and no part in any mean
-    potential = torch.where(none, 0.0, _potential(d, x).expand(batch))
+    potential = torch.where(weight == -torch.inf, 0.0, _potential(d, x).expand(weight.shape))
     weight = weight - (potential - potential.detach())
-    share = torch.softmax(weight, 0)
-    return _Sample(x, potential, share, weight.logsumexp(0), rows, log_z_rows, spare, ess)
+    return _Tilted(potential, torch.softmax(weight, 0), weight.logsumexp(0))
 
 
-def _mean_plus_log_z(sample: _Sample, f: Tensor, sign: float = 1.0) -> Estimate:
+def _mean_plus_log_z(points: _Points, tilted: _Tilted, f: Tensor, sign: float = 1.0) -> Estimate:
     """Return the mean of a function plus (or minus) log Z, with the error of both together."""
-    none = sample.share == 0
+    none = tilted.share == 0
     f = torch.where(none, 0.0, f)
-    mean = (sample.share * f).sum(0)
-    value = mean + sign * sample.log_z
+    mean = (tilted.share * f).sum(0)
+    value = mean + sign * tilted.log_z
     with torch.no_grad():
-        variance = sample.spare.expand(value.shape).clone()
-        if sample.rows is not None:
-            away = torch.where(none | ~f.isfinite(), 0.0, f - mean)
-            influence = sign * sample.log_z_rows + len(f) * sample.share * away
-            variance += error_of_mean(influence.unflatten(0, sample.rows)).square()
-    return Estimate(value, variance.sqrt(), sample.ess.expand(value.shape))
+        error = torch.as_tensor(points.fixed).to(value).expand(value.shape)
+        if points.rows is not None:
+            away = torch.where(none | ~(f - mean).isfinite(), 0.0, f - mean)
+            rows = sign * points.log_z_rows + len(f) * tilted.share * away
+            error = points.slow * error_of_mean(rows.unflatten(0, points.rows))
+    return Estimate(value, error, points.ess.expand(value.shape))
