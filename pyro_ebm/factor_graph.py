@@ -39,7 +39,8 @@ class FactorGraph(nn.Module):
     Variables are summed out one after the other: trees and chains at a cost linear in their
     number, in rounds of batched operations that grow with its log; loopy graphs at the
     :attr:`cost` of their treewidth, which is refused above ``max_table``. Called, it is an
-    energy like any other. Leading dimensions of tables are a batch of graphs.
+    energy like any other. Leading dimensions of tables are a batch of graphs, which goes
+    through :class:`~pyro_ebm.GibbsBoltzmann` as ``Given(g)``.
 
     Args:
         factors: Maps scopes, tuples of names, to tables of energies ``(*graphs, *states)``, or
@@ -362,9 +363,9 @@ class FactorGraph(nn.Module):
             )
         return tuple([self._number[name] for name in scope])
 
-    def _plan(self, joint: tuple[Scope, ...] = (), *, lists: int = 1) -> Plan:
+    def _plan(self, together: tuple[Scope, ...] = (), *, lists: int = 1) -> Plan:
         """Plan the elimination, where it is no larger than was allowed."""
-        order = find_order(self._structure.cards, self._structure.scopes + joint)
+        order = find_order(self._structure.cards, self._structure.scopes + together)
         cost = order.cost
         if cost.largest_table * lists > self.max_table:
             names = list(self.cardinalities)
@@ -378,7 +379,7 @@ class FactorGraph(nn.Module):
                 "with condition(), or go on without exact inference: GibbsBoltzmann with "
                 "kernels.gibbs, a method of pyro_ebm.partition, minimize"
             )
-        return make_plan(self._structure, joint, self.factors.device)
+        return make_plan(self._structure, together, self.factors.device)
 
     def _inputs(
         self, plan: Plan, beta: float | Tensor | None = None

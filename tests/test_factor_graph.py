@@ -15,7 +15,7 @@ from pyro.ops.contract import einsum
 from torch import nn
 
 import pyro_ebm as ebm
-from pyro_ebm._contraction import LogSumExp, MinSum, contract, record
+from pyro_ebm._contraction import Least, LogSumExp, MinSum, contract, record
 from tests.common import EXACT, FALSE_ALARM, NUMERIC
 
 
@@ -168,8 +168,9 @@ def test_random_graphs_equal_enumeration(g, beta):
         (LogSumExp, "reduce", lambda self, table: table.amax(1)),
         (MinSum, "reduce", lambda self, table: table.amax(1)),
         (LogSumExp, "join", lambda self, a, b: torch.maximum(a, b)),
+        (Least, "_trim", lambda self, lists: lists[..., : self.k, :]),
     ],
-    ids=["no sum", "no minimum", "no product"],
+    ids=["no sum", "no minimum", "no product", "no order"],
 )
 def test_enumeration_sees_a_fault(monkeypatch, semiring, method, wrong):
     monkeypatch.setattr(semiring, method, wrong)
@@ -475,8 +476,8 @@ def test_gradients_pass_by_forbidden_states():
 def test_a_field_learns_its_tags():
     g = conditional_field()
     y = torch.randint(3, (4, 5))
-    optimizer = torch.optim.Adam(g.parameters(), 0.1)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(g.parameters(), 0.2)
+    for _ in range(50):
         loss = (g(y) + g.log_partition()).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -593,6 +594,14 @@ def test_it_is_an_energy_for_gibbs_boltzmann():
     torch.testing.assert_close(ebm.log_partition(d, d.log_partition).value, g.log_partition(0.6))
     x = d.sample((100,))
     torch.testing.assert_close(d.log_prob(x), -0.6 * g(x) - g.log_partition(0.6))
+
+
+def test_a_batch_of_graphs_is_a_batch_of_distributions():
+    g = graph([("a", "b"), ("b",)], {"a": 3, "b": 3}, 4)
+    base = ebm.Flat((2,), constraints.integer_interval(0, 2))
+    d = ebm.GibbsBoltzmann(ebm.Given(g), base, log_partition=ebm.partition.Exact())
+    assert d.batch_shape == (4,)
+    torch.testing.assert_close(ebm.log_partition(d, d.log_partition).value, g.log_partition())
 
 
 def test_spins_may_be_booleans_and_floats():
