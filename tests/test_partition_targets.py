@@ -200,7 +200,7 @@ PAIRS = {
     "smc": Pairs(lambda name: SMC(kernel(name), 200, 2), (*EASY, "bimodal", "rbm_joint")),
     "bridge": Pairs(lambda _: Bridge(num_samples=100), ("ring", "ising3", "truncated")),
     "mbar": Pairs(
-        lambda _: MBAR(None, 16, 15, num_temperatures=5, warmup=40),
+        lambda _: MBAR(5, 16, 15, warmup=40),
         ("double_well", "simplex", "bimodal"),
     ),
 }
