@@ -46,15 +46,18 @@ class Options(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The energy as a distribution, which checks it, and the starts ``(S, *batch, *event)``."""
+    """The energy as a distribution, which checks it, and the starts ``(*rows, *event)``.
+
+    The rows are the batch; of starts that are drawn, where there are several, ``(num, *batch)``.
+    """
 
     d: GibbsBoltzmann
     start: Tensor
-    drawn: bool
+    num: int | None
 
     @property
     def rows(self) -> torch.Size:
-        """The shape of the searches, ``(S, *batch)``."""
+        """The shape of the searches."""
         return self.start.shape[: self.start.dim() - self.d.event_dim]
 
 
@@ -66,7 +69,7 @@ def task_of(energy: Energy, start: Any, support: Constraint | None, num: int | N
         num = 1 if num is None else num
         check_count("num_starts", num, 1)
         d = GibbsBoltzmann(energy, start)
-        return Task(d, d.base.sample((num,)), True)
+        return Task(d, _draw(d, num), num)
     if not isinstance(start, Tensor):
         raise TypeError(
             f"start must be a tensor or a Pyro distribution, got {type(start).__name__}"
@@ -80,10 +83,14 @@ def task_of(energy: Energy, start: Any, support: Constraint | None, num: int | N
     d = GibbsBoltzmann(energy, Flat(event_shape, support, dtype=dtype, device=x.device))
     batch = broadcast_shape(x.shape[: x.dim() - d.event_dim], d.batch_shape)
     x = x.expand(torch.Size(batch) + event_shape)
-    task = Task(d, x.unsqueeze(0), False)
+    task = Task(d, x, None)
     outside = ~d.support.check(task.start)
     _refuse_starts(outside, f"start must lie within the support {support}", "others")
     return task
+
+
+def _draw(d: GibbsBoltzmann, num: int) -> Tensor:
+    return d.base.sample((num,) if num > 1 else ())
 
 
 def _event_dim(energy: Energy, x: Tensor) -> int:
@@ -104,7 +111,7 @@ def _event_dim(energy: Energy, x: Tensor) -> int:
 
 
 def run(task: Task, options: Options) -> tuple[Tensor, Found]:
-    """Search; returns points ``(S, *batch, *event)``, and the rest of what was found."""
+    """Search; returns points ``(*rows, *event)``, and the rest of what was found."""
     if options.method == "enumerate":
         return _enumerated(task)
     return (_discrete if task.d.support.is_discrete else _continuous)(task, options)
@@ -117,19 +124,18 @@ def _fine(task: Task) -> Tensor:
         value = task.d._energy_at(x)
         if value.isfinite().all():
             break
-        if task.drawn:
-            bad = expand_like(~value.isfinite(), x)
-            x = torch.where(bad, task.d.base.sample(x.shape[:1]), x)
+        if task.num is not None:
+            x = torch.where(expand_like(~value.isfinite(), x), _draw(task.d, task.num), x)
     _refuse_starts(~value.isfinite(), "energy must be finite at the start", value)
     return x
 
 
 def _refuse_starts(bad: Tensor, rule: str, got: Any) -> None:
-    """Name the starts ``(S, *batch)`` that break a rule, and what the first of them has."""
+    """Name the starts ``(*rows,)`` that break a rule, and what the first of them has."""
     if not bad.any():
         return
     where = bad.nonzero().tolist()
-    rows = ", ".join(str(tuple(row[1:])) for row in where[:5]) + ", ..." * (len(where) > 5)
+    rows = ", ".join(str(tuple(row)) for row in where[:5]) + ", ..." * (len(where) > 5)
     got = got[tuple(where[0])].item() if isinstance(got, Tensor) else got
     raise ValueError(f"{rule}, got {got} at {len(where)} of {bad.numel()} starts, rows {rows}")
 
@@ -195,7 +201,7 @@ def _descended(energy: Energy, z: Tensor, options: Options, l1: Tensor) -> Found
 def _enumerated(task: Task) -> tuple[Tensor, Found]:
     """Look at all states."""
     d, x = task.d, task.start
-    best, energy, count = enumerate_states(d._energy_at, d.support, d.event_shape, x[:1])
+    best, energy, count = enumerate_states(d._energy_at, d.support, d.event_shape, x)
     zero = torch.zeros_like(energy)
     steps = torch.full_like(zero, count, dtype=torch.long)
     return best, Found(best, energy, zero, zero == 0, steps, False)

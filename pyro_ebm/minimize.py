@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm._binding import evaluating
 from pyro_ebm._descent import Found
 from pyro_ebm._math import Minimum
-from pyro_ebm._search import Options, run, task_of
+from pyro_ebm._search import Options, Task, run, task_of
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.factor_graph import FactorGraph
@@ -142,7 +142,7 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
         options = _options(task.d, method, num_steps, tolerance, betas, l1, step_size)
         x, found = run(task, options)
     _warn(found, options)
-    return _best(x, found, task.rows)
+    return _result(x, found, task)
 
 
 def _options(
@@ -205,11 +205,12 @@ def _warn(found: Found, options: Options) -> None:
     )
 
 
-def _best(x: Tensor, found: Found, rows: torch.Size) -> Minimum:
-    """Choose the lowest of the starts for each element of the batch."""
-    energy = found.energy.reshape(-1, *rows[1:])
-    at = energy.min(0, keepdim=True)[1]
-    parts = (p.reshape(energy.shape).gather(0, at)[0] for p in found[1:5])
-    value, grad_norm, converged, num_steps = parts
-    point = x.gather(0, expand_like(at, x).expand(1, *x.shape[1:]))[0]
-    return Minimum(point, value, converged, num_steps, grad_norm)
+def _result(x: Tensor, found: Found, task: Task) -> Minimum:
+    """Give searches the shape of the batch: of several starts the lowest for each element."""
+    parts = [part.reshape(task.rows) for part in found[1:5]]
+    if task.num is not None and task.num > 1:
+        at = parts[0].min(0, keepdim=True)[1]
+        parts = [part.gather(0, at)[0] for part in parts]
+        x = x.gather(0, expand_like(at, x).expand(1, *x.shape[1:]))[0]
+    energy, grad_norm, converged, num_steps = parts
+    return Minimum(x, energy, converged, num_steps, grad_norm)

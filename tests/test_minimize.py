@@ -611,6 +611,17 @@ def test_modules_are_searched_as_they_are_when_evaluated():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_a_network_gets_points_of_the_dimensions_that_it_was_given():
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Flatten(), nn.Linear(32, 1))
+
+    def energy(x):  # Conv2d takes (n, 1, 6, 6) and nothing longer
+        assert x.dim() == 4
+        return conv(x).squeeze(-1) + x.square().sum((-3, -2, -1))
+
+    assert minimize(energy, torch.randn(3, 1, 6, 6)).converged.all()
+    assert minimize(energy, ebm.Flat((1, 6, 6)), num_starts=3).x.shape == (1, 6, 6)
+
+
 class Penalised(nn.Module):
     def __init__(self, net):
         super().__init__()

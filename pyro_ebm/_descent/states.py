@@ -77,7 +77,7 @@ def enumerate_states(
         )
     index = expand_like(i, points[0]).expand_as(points[0])
     x = points.gather(0, index.unsqueeze(0)).squeeze(0)
-    return x.expand(*rows, *event_shape), least.expand(rows), len(states)
+    return x.expand(rows + event_shape), least.expand(rows), len(states)
 
 
 def _refuse_nan(value: Tensor) -> None:
