@@ -15,6 +15,7 @@ from pyro_ebm._model_energy import ModelFreeEnergy
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given
 from pyro_ebm.flat import MAX_STATES, num_states, values_of
+from pyro_ebm.minimize import minimize
 from pyro_ebm.partition import Exact, Method, Quadrature
 
 __all__ = ["FreeEnergy", "FreeEnergyEstimate", "ModelFreeEnergy"]
@@ -170,7 +171,7 @@ class FreeEnergy(nn.Module):
         if self.cold:
             return self._energy_at_minimum(*parts)
         d = self.conditional(*parts)
-        if hasattr(self.method, "points"):  # precise where beta is small
+        if getattr(self.method, "tabular", False):  # precise where beta is small
             points = self.method.points(d)
             return soft_minimum(d._energy_at(points.x), points.log_measure, self.beta)
         return -self.method.log_z(d) / self.beta
@@ -217,8 +218,6 @@ class FreeEnergy(nn.Module):
             *parts: Points, of shape ``(*batch, *event)``.
             **options: Those of :func:`~pyro_ebm.minimize`.
         """
-        from pyro_ebm.minimize import minimize
-
         settings = self.method if isinstance(self.method, dict) else {}
         return minimize(Given(self.energy, *parts, ...), self.latent, **{**settings, **options})
 

@@ -1,6 +1,8 @@
 """Free energies against enumeration and closed forms, and wherever an energy may go."""
 
+import argparse
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -11,9 +13,13 @@ from hypothesis import strategies as st
 from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.optim import Adam
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits, load_iris
+from sklearn.mixture import GaussianMixture
 from torch import nn
 
 import pyro_ebm as ebm
+from examples import kmeans
 from pyro_ebm.partition import Exact, Importance, Quadrature
 from tests.common import EXACT, FAR, NUMERIC, standard_errors
 
@@ -207,26 +213,24 @@ def test_stock_pyro_learns_and_samples_a_free_energy():
     def model():
         pyro.module("E", E)
         F = ebm.FreeEnergy(E, COUNT)
-        grid = Quadrature(-12.0, 14.0, 80)
+        grid = Quadrature(-9.0, 11.0, 60)
         with pyro.plate("n", len(data)):
             pyro.sample("x", ebm.GibbsBoltzmann(F, ebm.Flat((2,)), log_partition=grid), obs=data)
 
     with torch.no_grad():
         E.means += 0.3 * torch.randn(3, 2)
-    svi = SVI(model, lambda: None, Adam({"lr": 0.03}), Trace_ELBO())
-    losses = [svi.step() / len(data) for _ in range(150)]
+    svi = SVI(model, lambda: None, Adam({"lr": 0.05}), Trace_ELBO())
+    losses = [svi.step() / len(data) for _ in range(80)]
     p = torch.softmax(-torch.stack([E(data, torch.tensor(k)) for k in range(3)]).detach(), 0)
     at_fixed_point = (p @ data) / p.sum(1, keepdim=True)
     # EM's fixed point is the optimum of the likelihood; Adam is within a few hundredths of it.
     assert (E.means.detach() - at_fixed_point).abs().max() < 0.05
     assert losses[-1] < losses[0]
 
-    kernel = NUTS(
-        lambda: pyro.sample(
-            "x", ebm.GibbsBoltzmann(ebm.FreeEnergy(Linear(), dist.Normal(0.0, 1.0)), ebm.Flat())
-        )
-    )
-    mcmc = MCMC(kernel, 300, 200, disable_progbar=True)
+    method = Quadrature(-8.0, 8.0, 60)  # without looking for the mode at each gradient
+    F = ebm.FreeEnergy(Linear(), dist.Normal(0.0, 1.0), method=method)
+    kernel = NUTS(lambda: pyro.sample("x", ebm.GibbsBoltzmann(F, ebm.Flat())))
+    mcmc = MCMC(kernel, 200, 100, disable_progbar=True)
     mcmc.run()
     x = mcmc.get_samples()["x"]
     assert standard_errors(x, 0.0, (1 + 1.5**2) ** 0.5) < FAR
@@ -384,3 +388,74 @@ def test_a_model_that_cannot_be_summed_says_why():
         from_model(mixture, beta=math.inf).posterior(x)
     conditioned = pyro.poutine.condition(continuous, {"mean": torch.tensor(0.0)})
     assert from_model(conditioned, ["k"])
+
+
+# K-means is the cold mixture --------------------------------------------------------------------
+
+
+def clustering(name, num_components):
+    """Return data, scikit-learn's K-means of them, and our energy at its centres."""
+    loaded = {"iris": load_iris, "digits": load_digits}[name]().data
+    x = torch.as_tensor(loaded / loaded.max()).double()
+    theirs = KMeans(num_components, n_init=3, random_state=0).fit(x.numpy())
+    E = kmeans.Centres(torch.as_tensor(theirs.cluster_centers_).to(x))
+    return x, theirs, E
+
+
+@pytest.mark.parametrize(("name", "k"), [("iris", 3), ("digits", 10)])
+def test_the_cold_end_is_k_means(name, k):
+    x, theirs, E = clustering(name, k)
+    F = kmeans.free_energy(E, math.inf)
+    torch.testing.assert_close(2 * F(x).sum(), torch.tensor(theirs.inertia_), **NUMERIC)
+    assert torch.equal(F.minimum(x).x, torch.as_tensor(theirs.labels_).long())
+    again = kmeans.learn_centres(x, E.means, math.inf, 50)  # a fixed point of Lloyd's steps
+    assert 2 * kmeans.free_energy(kmeans.Centres(again), math.inf)(x).sum() <= 2 * F(x).sum()
+
+
+@pytest.mark.parametrize(("name", "k"), [("iris", 3), ("digits", 10)])
+@pytest.mark.parametrize("beta", [1.0, 1e2, 1e8])
+def test_a_finite_beta_is_a_mixture_of_that_precision(name, k, beta):
+    x, _, E = clustering(name, k)
+    mixture = GaussianMixture(k, covariance_type="spherical")
+    mixture.means_, mixture.weights_ = E.means.numpy(), torch.full((k,), 1 / k).double().numpy()
+    mixture.precisions_cholesky_ = torch.full((k,), beta**0.5).double().numpy()
+    dim = x.shape[1]
+    log_z = 0.5 * dim * math.log(2 * math.pi / beta) + math.log(k)
+    ours = -beta * kmeans.free_energy(E, beta)(x) - log_z
+    theirs = torch.as_tensor(mixture.score_samples(x.numpy()))
+    # scikit-learn expands the square, which loses digits at large beta
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8 * beta + 1e-8)
+    share = kmeans.shares(kmeans.free_energy(E, beta), x)
+    if beta < 1e8:
+        want = torch.as_tensor(mixture.predict_proba(x.numpy()))
+        torch.testing.assert_close(share, want, rtol=1e-5, atol=1e-7 * beta)
+
+
+def test_assignments_lose_their_entropy_as_it_cools():
+    x, _, E = clustering("iris", 3)
+    entropy = torch.stack(
+        [
+            torch.special.entr(kmeans.shares(kmeans.free_energy(E, b), x)).sum(-1).mean()
+            for b in (1e-6, 1.0, 10.0, 1e2, 1e3, 1e4, 1e8, math.inf)
+        ]
+    )
+    assert (entropy.diff() <= 1e-12).all()
+    torch.testing.assert_close(entropy[0], torch.tensor(math.log(3)), **NUMERIC)
+    assert entropy[-1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "k"), [("iris", 3), ("digits", 10)])
+def test_annealing_ends_at_least_as_low_as_k_means(name, k):
+    x, _, _ = clustering(name, k)
+    best = KMeans(k, n_init=10, random_state=0).fit(x.numpy()).inertia_
+    args = argparse.Namespace(temperatures=12, restarts=1)
+    assert kmeans.polish(x, k, args)[0] <= 1.001 * best
+
+
+def test_the_warm_end_is_the_mixture_that_em_finds(capsys):
+    x = torch.as_tensor(load_iris().data)
+    kmeans.warm_end(x)
+    ours, theirs, at_theirs = (float(n) for n in re.findall(r"-\d+\.\d+", capsys.readouterr().out))
+    assert ours >= theirs - 1e-4
+    assert abs(at_theirs - theirs) < 2e-5  # printed to five places
