@@ -36,12 +36,12 @@ class Structure(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What exact inference takes, in a ``treewidth``, table entries and rounds.
+    """What exact inference takes.
 
     ``treewidth`` is that of the order found (an upper bound on the least one), ``largest_table``
     the entries of the largest table, ``entries`` those of all tables and ``rounds`` the number
-    of batched steps that follow each other. Where ``complete`` is false the search was given up:
-    the numbers are what a part of the graph takes.
+    of batched steps that follow each other. Where ``complete`` is false the search for an order
+    was given up: the numbers are what a part of the graph takes.
     """
 
     treewidth: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -28,9 +29,11 @@ class Factors(nn.Module):
     share a tensor or callable share a table; ``owners`` are the first factors of each.
 
     Args:
-        pairs: Scopes and tables or callables.
+        pairs: Scopes and tables or callables, at least one.
         cardinalities: The number of states of each variable.
     """
+
+    _states: Tensor
 
     def __init__(self, pairs: Pairs, cardinalities: Mapping[Any, int]) -> None:
         super().__init__()
@@ -76,6 +79,8 @@ class Factors(nn.Module):
 
     def _index(self) -> None:
         """Note each kind's scopes and rows as tensors, for look-ups of energies."""
+        states = torch.tensor(self.cards).unsqueeze(-1)
+        self.register_buffer("_states", states, persistent=False)
         found: list[list[int]] = [[] for _ in self.shapes]
         for i, kind in enumerate(self.kinds):
             found[kind].append(i)
@@ -142,8 +147,9 @@ class Factors(nn.Module):
             kind = self.kinds[i]
             found[kind].append(table if table.shape == full[kind] else table.expand(full[kind]))
         size = math.prod(batch)
+        dtype = functools.reduce(torch.promote_types, {table.dtype for table in tables})
         return [
-            torch.stack(stack).reshape(-1, size, *cards).movedim(1, -1)
+            torch.stack(stack).to(dtype).reshape(-1, size, *cards).movedim(1, -1)
             for stack, cards in zip(found, self.shapes, strict=True)
         ]
 
@@ -166,13 +172,12 @@ class Factors(nn.Module):
 
     def energy(self, values: Tensor, stacks: Sequence[Tensor]) -> Tensor:
         """Add up the energies at values ``(n, B)``; infinite where one is no state."""
-        states = torch.tensor(self.cards, device=values.device).unsqueeze(-1)
+        states = self._states.to(values.device)
         whole = values.long()
         outside = ((whole != values) | (whole < 0) | (whole >= states)).any(0)
         whole = torch.where(outside, 0, whole)
         parts = [self._energies(kind, whole, stack) for kind, stack in enumerate(stacks)]
-        zero = torch.zeros(values.shape[-1], device=values.device)
-        return torch.where(outside, torch.inf, sum(parts) if parts else zero)
+        return torch.where(outside, torch.inf, torch.stack(parts).sum(0))
 
     def _energies(self, kind: int, values: Tensor, stack: Tensor) -> Tensor:
         scopes = getattr(self, f"_scopes{kind}").to(values.device)

@@ -175,10 +175,11 @@ class FactorGraph(nn.Module):
             )
         tables = self.factors.tables()
         batch = self._batch(tables, x.shape[:-1])
-        values = x.new_empty(len(self.factors.names), math.prod(batch))
-        values[self._free] = x.expand(*batch, -1).reshape(-1, len(self._free)).T
-        for v, value in self._given.items():
-            values[v] = value.to(values).expand(batch).reshape(-1)
+        values = x.expand(*batch, -1).reshape(-1, len(self._free)).T
+        if self._given:
+            given = [v.to(values).expand(batch).reshape(-1) for v in self._given.values()]
+            turn = torch.tensor([*self._free, *self._given], device=x.device).argsort()
+            values = torch.cat([values, torch.stack(given)])[turn]
         return self.factors.energy(values, self.factors.stacks(tables, batch)).reshape(batch)
 
     def condition(self, values: Mapping[Any, Any]) -> FactorGraph:
@@ -269,8 +270,7 @@ class FactorGraph(nn.Module):
             if allowed < k:
                 raise ValueError(f"k must be at most {allowed}, the assignments allowed, got {k}")
             # The derivative of a least energy in the tables is its assignment.
-            rows = [torch.autograd.grad(e.sum(), trace, retain_graph=True) for e in least]
-        values = torch.stack([_where(plan, [table.sum(-2) for table in row]) for row in rows], 1)
+            values = torch.stack([_where(plan, energy.sum(), trace) for energy in least], 1)
         found = self._minimum(values.reshape(-1, k, *batch))
         return _sorted(found)  # rounding may have swapped some
 
@@ -439,9 +439,10 @@ class FactorGraph(nn.Module):
         return Minimum(self._named(values), energy, converged, whole, grad_norm)
 
 
-def _where(plan: Plan, cliques: Sequence[Tensor]) -> Tensor:
-    """Return the states ``(n, B)`` that indicators point at."""
-    parts = [margin.argmax(1) for margin in singles(cliques)]
+def _where(plan: Plan, least: Tensor, trace: Sequence[Tensor]) -> Tensor:
+    """Return the states ``(n, B)`` whose energies a sum of minima, one a graph, depends on."""
+    picked = torch.autograd.grad(least, trace, retain_graph=True)
+    parts = [margin.argmax(1) for margin in singles([table.sum(-2) for table in picked])]
     values = parts[0].new_empty(len(plan.place), parts[0].shape[-1])
     for step, part in zip(plan.steps, parts, strict=True):
         values[step.variables] = part
@@ -457,8 +458,9 @@ def _sorted(found: Minimum) -> Minimum:
 
 def _draw(log_weight: Tensor) -> Tensor:
     """Draw states in proportion to weights ``(m, K, n, B)``, never one without weight."""
-    noise = torch.empty_like(log_weight).exponential_().log()
-    return (log_weight - noise).argmax(1)
+    noise = torch.empty_like(log_weight).exponential_()
+    tiny = torch.finfo(noise.dtype).tiny  # a zero would turn no weight into NaN
+    return (log_weight - noise.clamp(min=tiny).log()).argmax(1)
 
 
 def _weight(energy: Tensor, beta: float | Tensor) -> Tensor:

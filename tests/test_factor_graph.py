@@ -706,6 +706,18 @@ def test_log_partition_maps_over_a_batch():
     torch.testing.assert_close(torch.func.vmap(log_z)(tables), batch)
 
 
+@pytest.mark.parametrize("name", ["chain", "given"])
+def test_the_energy_maps_over_a_batch(name):
+    g = GRAPHS[name]()
+    x = torch.randint(2, (6, len(g.cardinalities))).double()
+    torch.testing.assert_close(torch.func.vmap(g)(x), g(x))
+
+
+def test_tables_of_two_types_are_promoted():
+    g = ebm.FactorGraph({("a",): torch.ones(2).float(), ("a", "b"): torch.ones(2, 2)}, AB)
+    torch.testing.assert_close(g.log_partition(), torch.tensor(math.log(4.0) - 2.0))
+
+
 @pytest.mark.parametrize("beta", [1e-8, 1e8])
 def test_extreme_temperatures_do_not_overflow(beta):
     g = GRAPHS["ring"]()
