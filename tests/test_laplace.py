@@ -22,11 +22,11 @@ BETAS = [0.25, 1.0, 8.0]
 class Quadratic(nn.Module):
     """An energy of vectors with a full precision and a mean."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, device=None):
         super().__init__()
-        root = torch.randn(dim, dim)
-        self.precision = nn.Parameter(root @ root.mT + torch.eye(dim))
-        self.mean = nn.Parameter(3.0 * torch.randn(dim))
+        root = torch.randn(dim, dim, device=device)
+        self.precision = nn.Parameter(root @ root.mT + torch.eye(dim, device=device))
+        self.mean = nn.Parameter(3.0 * torch.randn(dim, device=device))
 
     def forward(self, x):
         r = x - self.mean
@@ -62,6 +62,14 @@ def test_it_is_exact_for_a_gaussian_with_all_its_derivatives(dim, scale, beta):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)  # through two solves
     assert std_error < 0.2
     assert ess > 100
+
+
+def test_it_is_on_the_device_of_the_base(device):
+    energy, base = Quadratic(3, device), ebm.Flat((3,), device=device)
+    value, std_error, ess = log_partition(ebm.GibbsBoltzmann(energy, base), Laplace())
+    truth = energy.log_z(torch.ones((), device=device))
+    torch.testing.assert_close(value, truth, **EXACT)
+    assert std_error.device == ess.device == value.device
 
 
 def quartic(a, b, beta):

@@ -158,6 +158,14 @@ SEPARABLE = {
 }
 
 
+def test_chunks_and_components_are_on_the_device_of_the_base(device):
+    w = torch.randn(3, 5, device=device)
+    d = ebm.GibbsBoltzmann(hidden(w), ebm.Flat((5,), constraints.boolean, device=device))
+    truth = torch.nn.functional.softplus(w).sum(-1)
+    for method in (Exact(), Exact(7), Exact(separable=True)):
+        torch.testing.assert_close(log_partition(d, method).value, truth, **EXACT)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("make", SEPARABLE.values(), ids=SEPARABLE)
 def test_components_give_the_table_of_each_element_of_the_batch(make, beta):

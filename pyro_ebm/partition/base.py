@@ -58,7 +58,8 @@ class Method(Protocol):
     ``value`` is ``"exact"``, ``"estimated"``, ``"bound"`` or ``"none"``; ``gradient`` is
     ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused. A method
     whose value is one has the ``bound``, ``"lower"`` or ``"upper"``. Methods that have them give
-    ``points(d)``, :class:`Points`, and ``weighted(d)``, :class:`Weighted`.
+    ``points(d)``, :class:`Points`, and ``weighted(d)``, :class:`Weighted`; one that is
+    ``tabular`` computes all it gives from its points.
     """
 
     @property

@@ -16,7 +16,7 @@ from pyro_ebm.energy import describe
 from pyro_ebm.flat import num_states, values_of
 from pyro_ebm.partition.base import LogPartition, Points, Weighted, deterministic, weigh
 
-MAX_IN_CHUNKS = 1 << 30  # states; at a million energies a second a quarter of an hour
+MAX_IN_CHUNKS = 1 << 30  # states; at a microsecond each some twenty minutes
 NUM_CHECKED = 8  # states at which a sum over components is compared with the energy
 
 
@@ -27,7 +27,8 @@ class Exact:
 
     Value and gradient are exact, at the cost of one energy per state: of at most 2^20 states at
     once, or of at most 2^30 in chunks, whose memory is that of one chunk, also in the backward
-    pass, which evaluates the energies a second time.
+    pass, which evaluates the energies a second time. With a cheap energy both passes take one or
+    two microseconds per state on a processor: two minutes for 2^26.
 
     Where the energy and the log of the base are sums over the :math:`n` components of the
     support, as those of hidden units given visible ones, ``separable`` needs :math:`n K` energies

@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -244,16 +245,20 @@ class Variational:
     def _trace(self, d: GibbsBoltzmann, num: int | None) -> Trace:
         """Run the guide, ``num`` times at once, out of sight of a model that is running."""
         parts, named = _given(d)
-        with poutine.block(hide_types=["sample"]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_apart())
             if not self._made:
                 self.guide(*parts, **named)
                 self._made = True
-            with contextlib.ExitStack() as stack:
-                if num is not None:
-                    stack.enter_context(random_numbers(self, d))
-                    dim = -len(d.batch_shape) - 1
-                    stack.enter_context(pyro.plate("_particles", num, dim=dim))
-                return poutine.trace(self.guide).get_trace(*parts, **named)
+            if num is not None:
+                stack.enter_context(random_numbers(self, d))
+                dim = -len(d.batch_shape) - 1
+                stack.enter_context(pyro.plate("_particles", num, dim=dim))
+            trace = poutine.trace(self.guide).get_trace(*parts, **named)
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and _PYRO_STACK:
+                pyro.param(name)  # so that the model's optimiser hears of it
+        return trace
 
     def _check_sites(self, sites: dict[str, Any], d: GibbsBoltzmann) -> None:
         """Refuse a guide whose sites do not add up to a density of the one asked for."""
@@ -307,6 +312,18 @@ def _given(d: GibbsBoltzmann) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(d.energy, Given):
         return (), {}
     return tuple(part for part in d.energy.given if part is not ...), d.energy.named
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Hide the handlers and plates of a model that is running from what runs inside."""
+    handlers, dims = [*_PYRO_STACK], [*_DIM_ALLOCATOR._stack]
+    _PYRO_STACK.clear()
+    _DIM_ALLOCATOR._stack.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = handlers, dims
 
 
 @contextlib.contextmanager
