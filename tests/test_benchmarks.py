@@ -1,4 +1,4 @@
-"""The benchmark of the samplers runs with our contenders, which need no other library."""
+"""The benchmarks run with our contenders, which need no other library."""
 
 import json
 import os
@@ -30,3 +30,22 @@ def test_the_table_shows_speed_with_its_quality(tmp_path):
     for (run,) in (row["runs"] for row in rows):
         assert run["ess_bulk"] > 0
         assert run["gradients"]["executed"] >= run["gradients"]["sampling"] > 0
+
+
+@pytest.mark.slow
+def test_the_table_of_log_z_names_peers_that_are_missing(tmp_path):
+    flags = ["--quick", "--targets", "bimodal", "--contenders", "smc", "ebmkit AIS, HMC"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.log_z", *flags, "--output", str(tmp_path / "t.json")],
+        cwd=SCRIPT.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, *peer = json.loads((tmp_path / "t.json").read_text())["rows"][1:]
+    assert ours["rmse"] < 1.0
+    assert ours["gradients"] > ours["energies"] > 0
+    assert all("not installed" in row["missing"] for row in peer) or "rmse" in peer[0]
