@@ -37,6 +37,8 @@ TRIES = 20  # how often starts at which an energy is not finite are drawn anew
 
 
 class Options(NamedTuple):
+    """What :func:`~pyro_ebm.minimize` was asked for, checked."""
+
     method: str
     num_steps: int
     tolerance: float | None
@@ -170,7 +172,9 @@ def _continuous(task: Task, options: Options) -> tuple[Tensor, Found]:
     if stopped:
         options = options._replace(num_steps=0)
     found = _descended(energy, z, options, _weights(task, options, shape))
-    return back(found.position), found._replace(interrupted=found.interrupted or stopped)
+    if stopped:
+        found = found._replace(converged=torch.zeros_like(found.converged), interrupted=True)
+    return back(found.position), found
 
 
 def _weights(task: Task, options: Options, shape: torch.Size) -> Tensor:

@@ -67,7 +67,7 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
     component at a time; the default above) and ``"annealed"``. ``"annealed"`` first samples at
     rising ``betas``, by MALA or Gibbs sampling, then goes on by the default method; use it, or
     many starts, where there are many minima. A :class:`~pyro_ebm.FactorGraph` finds its own,
-    exact minimum where ``start`` is left out.
+    exact minimum where ``start`` and ``method`` are left out.
 
     **Supports.** A search runs in unconstrained space, :math:`x = T(z)`, but minimises the energy
     itself, without the Jacobian, which a density of :math:`z` would have: the minimum does
@@ -133,10 +133,10 @@ def minimize(  # noqa: PLR0913 - one call for all kinds of minimum, with the nam
     """
     if not callable(energy):
         raise TypeError(f"energy must be callable, got {type(energy).__name__}")
-    if isinstance(energy, FactorGraph) and start is None:
+    if isinstance(energy, FactorGraph) and start is None and method is None:
         return energy.minimum()
     if start is None:
-        raise TypeError("start must be given for all energies but a FactorGraph")
+        raise TypeError("start must be given but for a FactorGraph, and there for a method")
     with torch.inference_mode(False), torch.no_grad(), evaluating(energy):
         task = task_of(energy, start, support, num_starts)
         options = _options(task.d, method, num_steps, tolerance, betas, l1, step_size)

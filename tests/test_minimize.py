@@ -564,6 +564,15 @@ def test_a_factor_graph_finds_its_own_minimum():
     )
 
 
+def test_a_factor_graph_may_be_searched_like_any_energy():
+    g = ebm.FactorGraph({("a", "b"): torch.randn(3, 3)}, {"a": 3, "b": 3})
+    m = minimize(g, ebm.Flat((2,), constraints.integer_interval(0, 2)))
+    torch.testing.assert_close(m.energy, minimize(g).energy, **EXACT)
+    assert m.x.tolist() == [int(minimize(g).x[name]) for name in "ab"]
+    with pytest.raises(TypeError, match="start must be given"):
+        minimize(g, method="icm")
+
+
 # -- derivatives, modes, types ----------------------------------------------------------------
 
 

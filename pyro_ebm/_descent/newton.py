@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm._descent.base import Search, evaluate, largest, rounding
+from pyro_ebm._descent.base import Search, largest, refuse_bottomless, rounding
 from pyro_ebm.energy import Energy, differentiable
 from pyro_ebm.kernels.base import choose
 
@@ -53,18 +53,20 @@ def newton(energy: Energy) -> Search:
 
 
 def _second_order(energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return energies, gradients and Hessians ``(n, D, D)``, a row of them at a time."""
-    value, grad = evaluate(energy, z)
+    """Return energies, gradients and Hessians ``(n, D, D)``, one of their rows at a time."""
     with differentiable():
         z = z.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(energy(z).sum(), z, create_graph=True)
-        if not slope.requires_grad:  # a linear energy
-            return value, grad, torch.zeros_like(z).diag_embed()
-        rows = [
-            torch.autograd.grad(part.sum(), z, retain_graph=True, materialize_grads=True)[0]
-            for part in slope.unbind(-1)
-        ]
+        value = energy(z)
+        (grad,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+        rows = [torch.zeros_like(z)] * z.shape[-1]
+        if grad.requires_grad:  # else the energy is linear
+            rows = [
+                torch.autograd.grad(part.sum(), z, retain_graph=True, materialize_grads=True)[0]
+                for part in grad.unbind(-1)
+            ]
+    refuse_bottomless(value)
     hessian = torch.stack(rows, 1)
-    fine = value.isfinite() & hessian.isfinite().all(-1).all(-1)
-    hessian = torch.where(fine[:, None, None], (hessian + hessian.mT) / 2, 0.0)
-    return torch.where(fine, value, torch.inf), grad, hessian
+    fine = value.isfinite() & grad.isfinite().all(-1) & hessian.isfinite().flatten(1).all(-1)
+    value = torch.where(fine, value.detach(), torch.inf)
+    grad = torch.where(fine.unsqueeze(-1), grad.detach(), 0.0)
+    return value, grad, torch.where(fine[:, None, None], (hessian + hessian.mT) / 2, 0.0)

@@ -56,9 +56,8 @@ def way_down(energy: Energy, found: Found, tolerance: float) -> tuple[Tensor, Te
     if not found.converged.any():
         return z, none
     direction, least, most = least_curvature(energy, z)
-    doubtful = found.converged & (
-        least <= torch.finfo(z.dtype).eps ** (1 / 3) * most.clamp(min=1.0)
-    )
+    noise = torch.finfo(z.dtype).eps ** (1 / 3) * most.clamp(min=1.0)
+    doubtful = found.converged & (least <= noise)
     if not doubtful.any():
         return z, none
     best, lowest = z, found.energy
