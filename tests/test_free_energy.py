@@ -20,7 +20,17 @@ from torch import nn
 
 import pyro_ebm as ebm
 from examples import kmeans
-from pyro_ebm.partition import Exact, Importance, Quadrature
+from pyro_ebm.partition import (
+    MBAR,
+    SMC,
+    Annealed,
+    Bridge,
+    Exact,
+    Importance,
+    Laplace,
+    Quadrature,
+    Variational,
+)
 from tests.common import EXACT, FAR, NUMERIC, standard_errors
 
 COUNT = ebm.Flat((), constraints.integer_interval(0, 2))
@@ -162,6 +172,70 @@ def test_importance_reports_its_error_and_is_smooth_on_request():
     smooth = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, method)
     assert torch.equal(smooth(x), smooth(x))
     torch.autograd.gradcheck(smooth, [x.clone().requires_grad_()])
+
+
+def amortised(x):
+    """The exact posterior of Linear's latent at beta = 2, but for a scale that is too large."""
+    precision = 1 + 2.0 * 1.5**2
+    mean = 2.0 * 1.5 * x / precision
+    pyro.sample("x", dist.Normal(mean, 1.2 * precision**-0.5))
+
+
+ESTIMATED = {
+    "laplace": Laplace,
+    "importance": lambda: Importance(num_particles=4000),
+    "annealed": lambda: Annealed(num_particles=256, num_steps=30),
+    "annealed, reverse": lambda: Annealed(num_particles=256, num_steps=30, reverse=True),
+    "smc": lambda: SMC(num_particles=512),
+    "bridge": lambda: Bridge(num_samples=2000),
+    "mbar": lambda: MBAR(4, num_samples=50),
+    "variational": lambda: Variational(amortised, num_particles=8, num_draws=256),
+}
+
+
+@pytest.mark.parametrize("make", ESTIMATED.values(), ids=ESTIMATED)
+def test_a_method_is_within_its_own_error(make):
+    E, x = Linear(), torch.linspace(-2.0, 2.0, 5)
+    F = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, make())
+    value, std_error, ess, bound = F.estimate(x)
+    truth = E.by_hand(x, 2.0)
+    assert value.shape == std_error.shape == ess.shape == (5,)
+    assert (std_error < 0.1).all()
+    too_high, too_low = value - truth > FAR * std_error, truth - value > FAR * std_error
+    # Laplace is exact here, up to rounding of its own check.
+    exact = torch.isclose(value, truth, rtol=1e-8)
+    assert not (too_low & ~exact).any()
+    assert bound == "upper" if isinstance(F.method, Variational) else not (too_high & ~exact).any()
+
+
+def test_bounds_are_turned_round():
+    E, x = Linear(), torch.linspace(-2.0, 2.0, 5)
+    elbo, iwae = (
+        ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, Variational(amortised, k, num_draws=4000))
+        for k in (1, 8)
+    )
+    truth = E.by_hand(x, 2.0)
+    assert elbo.bound == "upper"
+    # The gap of the ELBO is KL(q || p) / beta = (1.2^2 - 1 - 2 log 1.2) / 2 / 2.
+    gap = (1.2**2 - 1 - 2 * math.log(1.2)) / 4
+    value, std_error, _, _ = elbo.estimate(x)
+    assert ((value - truth - gap).abs() < FAR * std_error).all()
+    assert (iwae(x) < value).all()
+    forward = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, Annealed())
+    assert forward.bound == "upper"
+    assert ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, Annealed(reverse=True)).bound == "lower"
+
+
+def test_hidden_units_of_a_large_machine_are_summed_one_by_one():
+    W, b = torch.randn(6, 30), torch.randn(30)
+    E = lambda v, h: -((v @ W + b) * h).sum(-1)
+    F = ebm.FreeEnergy(E, ebm.Flat((30,), constraints.boolean), 1.5, Exact(separable=True))
+    v = torch.randint(2, (4, 6)).double()
+    truth = -torch.nn.functional.softplus(1.5 * (v @ W + b)).sum(-1) / 1.5
+    torch.testing.assert_close(F(v), truth, **EXACT)
+    F.energy = lambda v, h: E(v, h) + h[..., 0] * h[..., 1]
+    with pytest.raises(ValueError, match="separable"):
+        F(v)
 
 
 # What it is for -------------------------------------------------------------------------------
