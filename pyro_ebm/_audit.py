@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_ebm._binding import modules_of, registered_name
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, walk
+from pyro_ebm._known import Known
 from pyro_ebm.distribution import GibbsBoltzmann
 
 REMEDY = (
@@ -110,13 +111,15 @@ def _log_z_depends_on(
 def _findings(
     name: str, node: Any, d: GibbsBoltzmann, reads: frozenset[str], params: frozenset[str]
 ) -> Iterator[Finding]:
-    if d.log_partition is None:
+    known = isinstance(d.log_partition, Known)
+    if d.log_partition is None or known:
         own = frozenset({name})
         random, learned, control = _log_z_depends_on(d, node["value"], reads - own, params)
+        control = () if known else control  # the fixed log Z is that of what was chosen
         for kind, names in (("random", random), ("learned", learned), ("control", control)):
             if names and not (kind == "control" and set(names) <= set(random)):
                 yield Finding(name, kind, names, _MESSAGES[kind].format(name, ", ".join(names)))
-        if not random and not learned and not control:
+        if not random and not learned and not control and not known:
             yield Finding(name, "evidence", (), _MESSAGES["evidence"].format(name))
     elif getattr(d.log_partition, "value", "") == "none":
         yield Finding(name, "gradient", (), _MESSAGES["gradient"].format(name))
@@ -126,10 +129,10 @@ def _findings(
 
 
 _MESSAGES = {
-    "random": "site {!r}: log Z depends on the random {}, and there is no log_partition. "
-    + REMEDY,
-    "learned": "site {!r}: log Z depends on the learned {}, and there is no log_partition. "
-    + REMEDY,
+    "random": "site {!r}: log Z depends on the random {}, and there is no log_partition, or a "
+    "fixed one. " + REMEDY,
+    "learned": "site {!r}: log Z depends on the learned {}, and there is no log_partition, or a "
+    "fixed one. " + REMEDY,
     "control": "site {!r}: the model reads the value of {} in Python; if that chooses the energy, "
     "log Z depends on it, and there is no log_partition. " + REMEDY,
     "evidence": "site {!r}: log Z is constant; inference of the latent sites is right, evidence "

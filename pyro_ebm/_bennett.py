@@ -11,6 +11,9 @@ from torch import Tensor
 SEGMENTS = 32
 """An error of correlated draws is taken from at least this many pieces of the chains."""
 
+CHUNK = 1 << 24
+"""The most numbers of a table of draws and states, if it is of more than one batch element."""
+
 HUGE = 1e300
 """Stands for infinity where it is multiplied by zero."""
 
@@ -68,30 +71,30 @@ def masses(excess: Tensor, betas: Tensor) -> Masses:
           (Geyer, 1994)
         | https://hdl.handle.net/11299/58433
     """
-    num, times, chains = excess.shape[:3]
     batch = excess.shape[3:]
-    v = excess.detach().double().flatten(3).movedim(-1, 0) if batch else excess.double()[None]
-    v = v.reshape(len(v), num, times * chains).clamp(-HUGE, HUGE)  # shape: (B, K, M)
-    s = betas.to(v)
+    flat = excess.detach().double().reshape(*excess.shape[:3], -1).movedim(-1, 0)
+    size = max(1, CHUNK // (len(betas) * flat[0].numel()))
+    parts = [_masses(part.clamp(-HUGE, HUGE), betas.to(flat)) for part in flat.split(size)]
+    joined = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    return Masses(*(part.reshape(part.shape[:-1] + batch) for part in joined))
+
+
+def _masses(excess: Tensor, s: Tensor) -> Masses:  # shape: (B, K, T, C)
+    v = excess.flatten(2)
     f, converged = _solve(v, s)
     share = _shares(v, s, f)  # shape: (B, K states, K levels, M)
     inverse = _inverse(share)
     # what a row of draws adds to the logs: its mean over rows is zero
-    score = share.mean(2) * num - 1.0  # shape: (B, K, M)
-    influence = inverse @ score * score.shape[-1]
-    covariance = _of_mean(influence.unflatten(-1, (times, chains)))
+    score = share.sum(2) - 1.0  # shape: (B, K, M)
+    influence = (inverse @ score * score.shape[-1]).unflatten(-1, excess.shape[2:])
+    covariance = _of_mean(influence)
     centred = share - share.mean(-1, keepdim=True)
     alone = (inverse[:, -1, :, None, None] * centred).sum(1).square().sum((1, 2))
     slow = (covariance[:, -1, -1] / alone).nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
     below = share.cumsum(1)[:, :-1]
     ess = (below * (1.0 - below)).sum((2, 3)).amin(1) / slow
-    return Masses(
-        (f[:, :1] - f).movedim(0, -1).reshape(num, *batch),
-        covariance.movedim(0, -1).reshape(num, num, *batch),
-        ess.reshape(batch),
-        influence[:, -1].movedim(0, -1).reshape(times, chains, *batch),
-        converged.reshape(batch),
-    )
+    parts = f[:, :1] - f, covariance, ess, influence[:, -1], converged
+    return Masses(*(part.movedim(0, -1) for part in parts))
 
 
 def _logits(v: Tensor, s: Tensor) -> Tensor:

@@ -40,8 +40,15 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
     From the base :math:`V = \beta E`, so that s goes along :math:`\beta`.
 
     Raises:
-        ValueError: If there is neither a base that can be drawn nor a proposal.
+        ValueError: If there is neither a base that can be drawn nor a proposal, or it is not
+            normalised.
     """
+    if not isinstance(proposal or d.base, Flat) and not getattr(
+        proposal or d.base, "is_normalized", True
+    ):
+        raise ValueError(
+            "proposal (or base) must be normalised, got a GibbsBoltzmann without log_partition"
+        )
     if proposal is not None:
         if proposal.event_shape != d.event_shape:
             raise ValueError(
@@ -57,7 +64,8 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
         )
 
     def excess(x: Tensor) -> Tensor:
-        return (d.beta * d._energy_at(x)).expand(x.shape[: x.dim() - d.event_dim])
+        value = (d.beta * d._energy_at(x)).expand(x.shape[: x.dim() - d.event_dim])
+        return torch.where(value == -torch.inf, torch.nan, value)
 
     return Path(d.base.sample, d._measure.log_prob, excess, log_volume)
 
@@ -69,7 +77,8 @@ def _over(d: GibbsBoltzmann, proposal: Any) -> Energy:
         if not bool(inside.all()):  # energies are not asked for outside the support
             like = d.base.sample(x.shape[: x.dim() - d.event_dim - len(d.batch_shape)])
             safe = torch.where(inside.reshape(inside.shape + (1,) * d.event_dim), x, like)
-        value = d.potential(safe) + proposal.log_prob(safe)
+        target = d.potential(safe)
+        value = torch.where(target == -torch.inf, torch.nan, target) + proposal.log_prob(safe)
         return torch.where(inside, value, torch.inf)
 
     return excess
@@ -79,7 +88,10 @@ def check_excess(value: Tensor, what: str) -> Tensor:
     """Refuse energies that no density has."""
     bad = int(value.isnan().sum())
     if bad:
-        raise ValueError(f"energy must be a number, got NaN at {bad} of {value.numel()} {what}")
+        raise ValueError(
+            f"energy must be a number above minus infinity, got NaN or -inf at {bad} of "
+            f"{value.numel()} {what}"
+        )
     return value
 
 

@@ -96,6 +96,14 @@ def test_shapes_and_shifts_of_the_energy(num, times, chains, batch):
     torch.testing.assert_close(shifted, want, rtol=1e-7, atol=1e-7)
 
 
+def test_a_batch_in_pieces_is_the_same(monkeypatch):
+    excess, betas = torch.randn(3, 20, 4, 6).square(), torch.tensor([0.0, 0.5, 1.0])
+    whole = masses(excess, betas)
+    monkeypatch.setattr("pyro_ebm._bennett.CHUNK", 1500)
+    for a, b in zip(whole, masses(excess, betas), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_equal_laws_have_no_error():
     found = masses(torch.full((3, 10, 4), 2.0), torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(found.log_mass, torch.tensor([0.0, -1.0, -2.0]), **EXACT)
@@ -131,6 +139,7 @@ def wide():
     return d, lambda s: -(1 + 4.0 * s * beta).log()
 
 
+@pytest.mark.slow
 def test_the_bridge_counts_the_autocorrelation_of_given_samples():
     base = dist.Normal(torch.zeros(1), 2.0).to_event(1)
     d = ebm.GibbsBoltzmann(lambda x: 0.375 * x.square().sum(-1), base).expand((SEEDS,))
@@ -282,6 +291,7 @@ def tempered():
 
 
 # Slow passage between the wells is counted in the error.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_ebm.ConvergenceWarning")
 def test_the_chains_of_tempered_are_used_again():
     d, mcmc, scale = tempered()
@@ -366,8 +376,14 @@ def test_wrong_input_is_named(name):
 
 def test_impossible_energies_are_named():
     nan = ebm.GibbsBoltzmann(lambda x: torch.where(x > 2, torch.nan, x**2), dist.Normal(0.0, 1.0))
-    with pytest.raises(ValueError, match="got NaN at"):
+    with pytest.raises(ValueError, match="got NaN or -inf at"):
         Bridge(samples=torch.rand(500))(nan)
+    pit = ebm.GibbsBoltzmann(lambda x: torch.where(x > 1, -torch.inf, x), dist.Normal(0.0, 1.0))
+    for q in (None, dist.Normal(0.0, 2.0)):
+        with pytest.raises(ValueError, match="got NaN or -inf at"):
+            Bridge(q, samples=torch.rand(500))(pit)
+    with pytest.raises(ValueError, match="must be normalised"):
+        Bridge(pit)(pit)
     with pytest.raises(ValueError, match="proposal must be given"):
         MBAR()(ebm.GibbsBoltzmann(lambda x: x**2, ebm.Flat()))
     wall = ebm.GibbsBoltzmann(lambda x: torch.where(x > 40, x, torch.inf), dist.Normal(0.0, 1.0))

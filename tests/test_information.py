@@ -228,6 +228,11 @@ WRONG = {
         ValueError,
         "both be discrete or both continuous",
     ),
+    "bound": (
+        lambda p, q: ebm.log_bayes_factor(p, p, Exact(), Variational(lambda: None)),
+        ValueError,
+        "not a bound, got Variational",
+    ),
 }
 
 
@@ -270,6 +275,7 @@ def test_a_normalised_distribution_is_computed_from_an_expanded_one():
     torch.testing.assert_close(done.log_prob(x), want.expand(2, 3), **EXACT)
 
 
+@pytest.mark.slow
 def test_it_gives_evidence_and_serves_in_plates_under_nuts():
     d = ebm.GibbsBoltzmann(lambda x: 0.5 * x**2, ebm.Flat()).normalized(Quadrature(-9.0, 9.0, 99))
 
@@ -357,6 +363,10 @@ def test_a_random_parameter_is_refused_under_mcmc():
         d = d.normalized(Quadrature(-9.0, 9.0, 99))
         pyro.sample("x", d, obs=torch.tensor(0.3))
 
+    with pytest.raises(ebm.UnnormalizedError, match="random k"):
+        ebm.audit(model)
+    with pytest.raises(ebm.UnnormalizedError, match="random k"):
+        ebm.MCMC(ebm.NUTS(model), 2, disable_progbar=True).run()
     with pytest.raises(ebm.UnnormalizedError, match="computed once.*random 'k'"):
         pyro.infer.MCMC(pyro.infer.NUTS(model), 2, warmup_steps=1, disable_progbar=True).run()
 

@@ -66,6 +66,7 @@ def entropy(d: GibbsBoltzmann, method: Method) -> Estimate:
 
     Raises:
         TypeError: If the method gives no weighted points.
+        ValueError: If it gives a bound of log Z.
 
     References:
         | Elements of Information Theory, chapter 8 (Cover and Thomas, 2006)
@@ -76,6 +77,7 @@ def entropy(d: GibbsBoltzmann, method: Method) -> Estimate:
         >>> entropy(d, ebm.partition.Exact()).value
         tensor(1.7466)
     """
+    _refuse_bounds(method)
     points = _points(d, method)
     tilted = _tilt(d, points.particles)
     return _mean_plus_log_z(points, tilted, tilted.potential)
@@ -102,8 +104,8 @@ def kl_divergence(
 
     Raises:
         TypeError: If the method gives no weighted points.
-        ValueError: If the distributions have other event shapes, or one of them is discrete and
-            the other continuous.
+        ValueError: If a method gives a bound of log Z, the distributions have other event
+            shapes, or one of them is discrete and the other continuous.
 
     References:
         | On Information and Sufficiency (Kullback and Leibler, 1951)
@@ -126,6 +128,7 @@ def kl_divergence(
             f"p and q must both be discrete or both continuous, got the supports {p.support} and "
             f"{q.support}"
         )
+    _refuse_bounds(method, method_q)
     points, other = _points(p, method), log_partition(q, method_q or method)
     tilted = _tilt(p, points.particles)
     there = _potential(q, points.particles.x.detach())
@@ -153,6 +156,9 @@ def log_bayes_factor(
     Returns:
         The log of the factor in nats, with its standard error and effective sample size.
 
+    Raises:
+        ValueError: If a method gives a bound of log Z.
+
     References:
         | Bayes Factors (Kass and Raftery, 1995)
         | https://doi.org/10.1080/01621459.1995.10476572
@@ -164,9 +170,16 @@ def log_bayes_factor(
         >>> log_bayes_factor(near, far, ebm.partition.Quadrature(-20.0, 20.0, 200)).value
         tensor(1.3225)
     """
+    _refuse_bounds(method, method_q)
     a, b = log_partition(p, method), log_partition(q, method_q or method)
     error = (a.std_error.square() + b.std_error.square()).sqrt()
     return Estimate(a.value - b.value, error, torch.minimum(a.ess, b.ess))
+
+
+def _refuse_bounds(*methods: Any) -> None:
+    bounds = [type(m).__name__ for m in methods if getattr(m, "value", None) == "bound"]
+    if bounds:
+        raise ValueError(f"method must give log Z and not a bound, got {bounds[0]}")
 
 
 def _potential(d: GibbsBoltzmann, x: Tensor) -> Tensor:
