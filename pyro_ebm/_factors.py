@@ -42,13 +42,13 @@ class Factors(nn.Module):
         kinds: list[int] = []
         rows: list[int] = []
         self.owners: list[int] = []
-        index = {name: v for v, name in enumerate(self.names)}
+        self.numbers = {name: v for v, name in enumerate(self.names)}
         kind_of: dict[Cards, int] = {}
         known: dict[tuple[int, int], int] = {}
         count: Counter[int] = Counter()
         factors = []
         for i, (scope, factor) in enumerate(pairs):
-            numbers = _numbers(scope, index)
+            numbers = _numbers(scope, self.numbers)
             kind = kind_of.setdefault(tuple([self.cards[v] for v in numbers]), len(kind_of))
             row = known.setdefault((id(factor), kind), count[kind])
             if row == count[kind]:

@@ -214,7 +214,7 @@ class FactorGraph(nn.Module):
                 raise ValueError(
                     f"values of {name!r} must be in 0, ..., {states - 1}, got {value}"
                 )
-            new._given[self.factors.names.index(name)] = whole
+            new._given[self.factors.numbers[name]] = whole
         if len(new._given) == len(self.factors.names):
             raise ValueError(
                 f"values must leave a variable free, got one for each of "
