@@ -379,8 +379,9 @@ class Batched:
 
     def _trace(self, parts: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
         plain = tuple(p.detach().clone() for p in parts)
-        try:
-            with quiet(), torch.no_grad():
+        devices = {p.device for p in parts if p.is_cuda}
+        try:  # random numbers are left as they are: a run that is resumed traces at another time
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices):
                 first = tuple(p[0] for p in plain)
                 one = make_fx(self.single)(*first)
                 try:

@@ -211,6 +211,10 @@ class Flat(TorchDistribution):
         if math.isfinite(self.log_volume):
             low, high = torch.as_tensor(part.lower_bound), torch.as_tensor(part.upper_bound)
             low, high = low.to(self._like), high.to(self._like)
-            return low + (high - low) * self._like.new_empty(shape).uniform_()
+            return low + (high - low) * self._uniform(shape)
         transform = biject_to(self._support)
-        return transform(self._like.new_empty(transform.inverse_shape(shape)).uniform_(-2, 2))
+        return transform(4.0 * self._uniform(transform.inverse_shape(shape)) - 2.0)
+
+    def _uniform(self, shape: Sequence[int]) -> Tensor:
+        # Not in place, which vmap could not batch.
+        return torch.rand(shape, dtype=self._like.dtype, device=self._like.device)
