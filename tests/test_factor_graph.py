@@ -766,6 +766,11 @@ REFUSED = {
         "energy '<lambda>', the factor of",
         lambda: ebm.FactorGraph({("a", "b"): lambda a, b: a.sum() * 1.0}, AB).minimum(),
     ),
+    "a callable that gives a number": (
+        TypeError,
+        "must give a tensor, got float",
+        lambda: ebm.FactorGraph({("a",): lambda a: 1.0}, AB).minimum(),
+    ),
     "a callable of integers": (
         TypeError,
         "floating-point energies, got torch.int64",
