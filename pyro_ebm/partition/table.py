@@ -269,6 +269,11 @@ class Table:
                 "the energy of a Table must have no batch of its own, got one of "
                 f"{tuple(d._energy_batch)}"
             )
+        if self.low == 0 and isinstance(d.base, Flat) and not math.isfinite(d.base.log_volume):
+            raise ValueError(
+                "low must be positive where the base is Flat on an infinite volume, got "
+                f"{self.low}"
+            )
         if not d.batch_shape:
             return d
         if not isinstance(d.base, Flat):
