@@ -43,11 +43,16 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
         ValueError: If there is neither a base that can be drawn nor a proposal, or it is not
             normalised.
     """
-    if not isinstance(proposal or d.base, Flat) and not getattr(
-        proposal or d.base, "is_normalized", True
-    ):
+    start = d.base if proposal is None else proposal
+    if not getattr(start, "is_normalized", True):
         raise ValueError(
             "proposal (or base) must be normalised, got a GibbsBoltzmann without log_partition"
+        )
+    log_mass = start.log_volume if isinstance(start, Flat) else 0.0
+    if not math.isfinite(log_mass):
+        raise ValueError(
+            "proposal must be given where the base is Flat on an infinite volume, got "
+            f"{'None' if proposal is None else 'such a one'}"
         )
     if proposal is not None:
         if proposal.event_shape != d.event_shape:
@@ -56,18 +61,13 @@ def path_of(d: GibbsBoltzmann, proposal: Any) -> Path:
                 f"{tuple(proposal.event_shape)}"
             )
         wide = unvalidated(proposal.expand(d.batch_shape))
-        return Path(wide.sample, wide.log_prob, _over(d, wide), 0.0)
-    log_volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
-    if not math.isfinite(log_volume):
-        raise ValueError(
-            "proposal must be given where the base is Flat on an infinite volume, got None"
-        )
+        return Path(wide.sample, wide.log_prob, _over(d, wide), log_mass)
 
     def excess(x: Tensor) -> Tensor:
         value = (d.beta * d._energy_at(x)).expand(x.shape[: x.dim() - d.event_dim])
         return torch.where(value == -torch.inf, torch.nan, value)
 
-    return Path(d.base.sample, d._measure.log_prob, excess, log_volume)
+    return Path(d.base.sample, d._measure.log_prob, excess, log_mass)
 
 
 def _over(d: GibbsBoltzmann, proposal: Any) -> Energy:

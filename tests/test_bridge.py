@@ -174,7 +174,8 @@ def test_the_bridge_draws_finite_supports_exactly():
 def test_a_proposal_may_reach_beyond_the_support_or_not_fill_it():
     d = ebm.GibbsBoltzmann(lambda x: x, ebm.Flat((), constraints.positive))
     x = torch.empty(5000).exponential_()
-    for q in (dist.Normal(0.5, 2.0), dist.Uniform(0.0, 2.0)):
+    box = ebm.Flat((), constraints.interval(0.0, 6.0))
+    for q in (dist.Normal(0.5, 2.0), dist.Uniform(0.0, 2.0), box):
         est = Bridge(q, samples=x)(d)  # the truth is 0
         assert est.value.abs() < FAR * est.std_error
 

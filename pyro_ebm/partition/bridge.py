@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._bennett import Influence, Masses, masses
+from pyro_ebm._binding import evaluating
 from pyro_ebm._replicas import Drawn, Path, Plan, check_excess, draw_along, path_of
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.kernels.base import Kernel, check_count
@@ -72,7 +73,7 @@ class Bridge:
 
     def _draw(self, d: GibbsBoltzmann) -> tuple[Path, Drawn]:
         path = path_of(d, self.proposal)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
             x = _chains(d, self.samples, self.num_samples)
             y = path.sample(x.shape[:2])
             first = check_excess(path.excess(y), "draws of the base or proposal")
@@ -282,7 +283,7 @@ def _chains(d: GibbsBoltzmann, samples: Tensor | None, num: int) -> Tensor:
 
 def _with_base(d: GibbsBoltzmann, path: Path, kept: Drawn) -> Drawn:
     """Put exact draws of the base before the levels of a run of the same distribution."""
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(d.energy):
         now, then = path.excess(kept.x), kept.excess[-1]
         scale = torch.finfo(then.dtype).eps ** 0.5
         if now.shape != then.shape or not torch.allclose(now, then, rtol=scale, atol=scale):
