@@ -145,7 +145,7 @@ def plot(path, x, curves):
 
     means, betas, entropies = curves["iris"]
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), width_ratios=[1, 1, 1, 1.3])
-    palette = torch.tensor([[0.0, 0.45, 0.7], [0.9, 0.6, 0.0], [0.0, 0.6, 0.5]])
+    palette = torch.tensor([[0.0, 0.45, 0.7], [0.9, 0.6, 0.0], [0.85, 0.15, 0.35]])
     for axis, beta in zip(axes, (0.5, 2.0, math.inf), strict=False):
         centres = learn_centres(x, means, beta, 500)
         share = shares(free_energy(Centres(centres), beta), x)
