@@ -35,7 +35,8 @@ class SMC:
     effective sample size. Moves are scaled to the present spread of the particles and their step
     follows the rate of acceptance. Since particles adapt to themselves, the estimate of Z has a
     bias of the order 1/n, below its error. That error counts particles by their first ancestors,
-    as resampling leaves families of one origin; so does the effective sample size.
+    as resampling leaves families of one origin; so does the effective sample size. After a run
+    ``cost``, ``accept_rate`` and ``num_temperatures`` say what it took.
 
     Args:
         kernel: Makes an exact kernel, as for :class:`Annealed`.
