@@ -483,6 +483,13 @@ def test_coordinate_descent_ends_where_no_flip_lowers_the_energy():
     assert m.energy.max() > m.energy.min() + 1  # minima of single flips only: there are many
 
 
+def test_coordinate_descent_does_not_wander_among_equals():
+    start = torch.ones(2, 3)
+    m = minimize(lambda x: 0 * x.sum(-1), start, support=constraints.boolean, method="icm")
+    assert (m.x == start).all()
+    assert m.num_steps.tolist() == [1, 1]
+
+
 def test_annealing_beats_coordinate_descent_on_a_glass():
     energy = Spins(40)
     start = ebm.Flat((40,), constraints.boolean).sample((30,))
