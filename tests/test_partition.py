@@ -181,6 +181,14 @@ def test_particles_outside_the_support_weigh_nothing():
     assert abs(estimate.value) < 5 * estimate.std_error
 
 
+def test_a_flat_proposal_is_uniform():
+    d = ebm.GibbsBoltzmann(lambda x: x, ebm.Flat((), constraints.positive))
+    estimate = log_partition(d, Importance(ebm.Flat((), constraints.interval(0.0, 40.0)), 50_000))
+    assert abs(estimate.value) < 5 * estimate.std_error
+    with pytest.raises(ValueError, match="proposal must be given.*got such a one"):
+        log_partition(d, Importance(ebm.Flat((), constraints.positive)))
+
+
 def test_importance_on_an_infinite_volume_needs_a_proposal():
     with pytest.raises(ValueError, match="proposal must be given"):
         log_partition(ebm.GibbsBoltzmann(lambda x: x**2, ebm.Flat()), Importance())

@@ -90,15 +90,15 @@ class Importance:
         return weigh(d, self.points(d))
 
     def _log_proposal(self, d: GibbsBoltzmann, x: Tensor) -> Tensor:
-        if self.proposal is not None:
-            return self.proposal.log_prob(x)
-        if not isinstance(d.base, Flat):
-            return d.base.log_prob(x)
-        if not math.isfinite(d.base.log_volume):
+        q = d.base if self.proposal is None else self.proposal
+        if not isinstance(q, Flat):
+            return q.log_prob(x)
+        if not math.isfinite(q.log_volume):
             raise ValueError(
-                "proposal must be given where the base is Flat on an infinite volume, got None"
+                "proposal must be given where the base is Flat on an infinite volume, got "
+                f"{'None' if self.proposal is None else 'such a one'}"
             )
-        return torch.full(x.shape[: x.dim() - d.event_dim], -d.base.log_volume).to(d.floating())
+        return torch.full(x.shape[: x.dim() - d.event_dim], -q.log_volume).to(d.floating())
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return the estimate of log Z.
