@@ -2,12 +2,14 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pyro.distributions import constraints
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_ebm as ebm
@@ -211,6 +213,17 @@ def test_thirty_units_take_a_hundred_energies_and_no_random_number():
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(rows) < 100
     torch.testing.assert_close(value, torch.nn.functional.softplus(w).sum(-1), **EXACT)
+
+
+def test_components_can_be_traced_for_many_chains_at_once():
+    def log_z(k):
+        d = ebm.GibbsBoltzmann(lambda x: k * x.sum(-1), ebm.Flat((4,), constraints.boolean))
+        return Exact(separable=True).log_z(d)
+
+    k = torch.tensor([0.5, 1.0, 2.0])
+    with pyro.validation_enabled(False):
+        batch = make_fx(torch.func.vmap(make_fx(log_z)(k[0])))(k)
+    torch.testing.assert_close(batch(k), 4 * torch.nn.functional.softplus(-k), **EXACT)
 
 
 def test_walls_in_single_components_are_separable():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm._guard import is_tracing
@@ -37,8 +38,8 @@ class Exact:
     .. math:: \log Z = -U(x^0) + \sum_i \log \sum_v \exp(U(x^0) - U(x^0_{i \to v})) ,
         \quad U = \beta E - \log b .
 
-    That it is a sum is checked at random states at every evaluation. An energy that can sum
-    itself up, a :class:`~pyro_ebm.FactorGraph` on a flat base, does so.
+    That it is a sum is checked at random states, at every evaluation but traced ones. An energy
+    that can sum itself up, a :class:`~pyro_ebm.FactorGraph` on a flat base, does so.
 
     Args:
         chunk_size: The number of states that are evaluated at once; all if None.
@@ -182,7 +183,8 @@ def _separable(d: GibbsBoltzmann, seed: int) -> Tensor:
     constant = constant.unsqueeze(-1).expand(-1, product.num)
     with torch.no_grad():  # of the constant states that which suits the whole batch best
         worst = d.potential(product.states(constant)).reshape(product.size, -1).amax(1)
-    reference = constant[torch.where(worst.isnan(), torch.inf, worst).argmin()]
+    best = torch.where(worst.isnan(), torch.inf, worst).argmin(0, keepdim=True)
+    reference = constant.index_select(0, best).squeeze(0)  # indexing would wait, and break traces
     change = torch.eye(product.num, dtype=torch.bool, device=reference.device).unsqueeze(1)
     digits = torch.where(change, constant[:, :1], reference)  # shape: (num, size, num)
     rows = torch.cat([reference.unsqueeze(0), digits.flatten(0, 1)])
@@ -198,7 +200,7 @@ def _check_separable(
     d: GibbsBoltzmann, product: _Product, least: Tensor, gain: Tensor, seed: int
 ) -> None:
     """Refuse an energy that is no sum over components, as seen at some random states."""
-    if is_tracing():
+    if is_tracing() or get_proxy_mode() is not None:  # no values to look at
         return
     if not least.isfinite().all():
         raise ValueError(

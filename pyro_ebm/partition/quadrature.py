@@ -82,7 +82,8 @@ class Quadrature:
     each batch element centred and scaled by where its density has fallen by two nats, along the
     principal axes of the Hessian at the mode: exact with two points for a Gaussian. It suits one
     mode, or several close ones. Its frame is held fixed in derivatives, which loses nothing: the
-    integral does not depend on it.
+    integral does not depend on it. Under MCMC a box is faster: the search for the mode keeps
+    chains from being traced as one batch.
 
     The ``std_error`` is the difference to rules of half the points or, for Hermite where it is
     larger, what the rule may have missed: what a rule of twice the width sees beyond its reach,
