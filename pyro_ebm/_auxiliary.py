@@ -20,7 +20,8 @@ from pyro_ebm._potential import Batched, Potential, quiet, split
 from pyro_ebm._short_run import first_step, unconstrained
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
-from pyro_ebm.flat import num_states, values_of
+from pyro_ebm.factor_graph import FactorGraph
+from pyro_ebm.flat import Flat, num_states, values_of
 from pyro_ebm.kernels import gibbs, hmc
 
 LEAPS = 5
@@ -108,8 +109,10 @@ class Exchanged:
         self.likelihood_of = Batched(self._likelihood)
         exact = [name for name, node in nodes.items() if _is_exact(node.d)]
         self.exact = _Draws(self._draw, exact, sum(_num_energies(nodes[n].d) for n in exact))
-        rest = [name for name in nodes if name not in exact]
-        self.inner = {name: self._inner(name, nodes[name], inner_steps) for name in rest}
+        graphs = [n for n, node in nodes.items() if n not in exact and _is_graph(node.d)]
+        rest = [name for name in nodes if name not in exact + graphs]
+        self.own = {name: self._by_graph(name, nodes[name]) for name in graphs}
+        self.own |= {name: self._inner(name, nodes[name], inner_steps) for name in rest}
         self.names, self.approximate = list(nodes), rest
 
     def _nodes(self, z: Tensor) -> dict[str, _Node]:
@@ -160,9 +163,28 @@ class Exchanged:
     def sample(self, z: Tensor) -> tuple[Tensor, ...]:
         """Draw auxiliary data for the parameters of all chains, by site."""
         found = dict(zip(self.exact.names, self.exact(z), strict=True))
-        for name, draw in self.inner.items():
+        for name, draw in self.own.items():
             found[name] = draw(z)
         return tuple(found[name] for name in self.names)
+
+    def _by_graph(self, name: str, node: _Node) -> Callable[[Tensor], Tensor]:
+        """Make the exact draws of a site whose energy is a factor graph, all chains in a batch."""
+        num = node.shape[: len(node.shape) - node.d.event_dim].numel()
+        first: Any = node.d.energy
+
+        def single(z: Tensor) -> tuple[Tensor, ...]:
+            d = self._nodes(z)[name].d
+            graph: Any = d.energy
+            return (torch.as_tensor(d.beta).to(z), *graph.factors.tables())
+
+        def draw(z: Tensor) -> Tensor:
+            with quiet(), torch.no_grad():
+                beta, *tables = torch.func.vmap(single, randomness="different")(z)
+                graph = _with_tables(first, tables)
+                x = graph.to_tensor(graph.sample(num, beta))  # shape: (num, C, n)
+            return x.movedim(1, 0).reshape(len(z), *node.shape).to(node.value)
+
+        return draw
 
     def _inner(self, name: str, node: _Node, num: int) -> Callable[[Tensor], Tensor]:
         """Make the inner kernel of a site: ``num`` moves from its data."""
@@ -184,6 +206,28 @@ class Exchanged:
 
 def _is_exact(d: GibbsBoltzmann) -> bool:
     return d.sampler is not None or d.has_enumerate_support
+
+
+def _is_graph(d: GibbsBoltzmann) -> bool:
+    """Whether a factor graph can draw: of the states of the support, under a flat base."""
+    graph, values = d.energy, values_of(d.support)
+    if not isinstance(graph, FactorGraph) or not isinstance(d.base, Flat) or values is None:
+        return False
+    same = values.tolist() == list(range(len(values)))
+    whole = len(graph.cardinalities) == len(graph.factors.names) and not graph.batch_shape
+    fits = whole and graph.cost.largest_table <= graph.max_table
+    return same and fits and set(graph.cardinalities.values()) == {len(values)}
+
+
+def _with_tables(graph: FactorGraph, tables: list[Tensor]) -> FactorGraph:
+    """Return a batch of graphs with other tables."""
+    own = graph.factors
+    at = {(own.kinds[i], own.rows[i]): table for table, i in enumerate(own.owners)}
+    places = zip(own.scopes, own.kinds, own.rows, strict=True)
+    pairs = [
+        (tuple(own.names[v] for v in scope), tables[at[kind, row]]) for scope, kind, row in places
+    ]
+    return FactorGraph(pairs, graph.cardinalities, max_table=graph.max_table)
 
 
 def _num_energies(d: GibbsBoltzmann) -> float:

@@ -254,6 +254,29 @@ def test_a_coupling_of_a_lattice_by_an_exact_sampler(picture):
     assert far(draws_of(mcmc, "J"), *large_truth(picture)) < FAR
 
 
+def graph(coupling):
+    """The lattice as a factor graph; its last factor stands twice, and halves."""
+    same = -coupling * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    places = [(i, j) for i in range(lattice.N) for j in range(lattice.N)]
+    right = [((i, j), (i, j + 1)) for i, j in places if j + 1 < lattice.N]
+    down = [((i, j), (i + 1, j)) for i, j in places if i + 1 < lattice.N]
+    pairs = [(scope, same) for scope in right + down[1:]]
+    pairs += [(down[0], 0.5 * same), (down[0], 0.5 * same)]
+    return ebm.FactorGraph(pairs, dict.fromkeys(places, 2))
+
+
+@QUIET
+@pytest.mark.slow
+def test_a_coupling_of_a_lattice_by_its_factor_graph(picture):
+    def model():
+        coupling = pyro.sample("J", dist.Uniform(0.0, 1.0))
+        base = ebm.Flat((lattice.N**2,), constraints.boolean)
+        pyro.sample("x", ebm.GibbsBoltzmann(graph(coupling), base), obs=picture.flatten())
+
+    mcmc = run(model, draws=80, warmup=60, chains=32)
+    assert far(draws_of(mcmc, "J"), *large_truth(picture)) < FAR
+
+
 @QUIET
 def test_a_sampler_that_cannot_be_batched_is_called_chain_by_chain(picture):
     def stubborn(coupling):
