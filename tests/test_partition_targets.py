@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -261,6 +262,21 @@ def test_the_bracket_notices_starts_in_one_mode_of_two():
         lower, upper = Annealed(None, 1000, 100, start=start).bracket(TARGETS["bimodal"].make())
     assert any("contradicts itself" in str(w.message) for w in said)
     assert upper.value < lower.value
+
+
+ONE_MODE = {
+    "importance": lambda q: Importance(q, 1000),
+    "annealed": lambda q: Annealed(None, 100, 50, proposal=q),
+    "smc": lambda q: SMC(None, 200, proposal=q),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="a proposal at one mode is not compared with the base, which has both")
+@pytest.mark.parametrize("make", ONE_MODE.values(), ids=ONE_MODE)
+def test_a_proposal_at_one_mode_is_noticed(make):
+    one = dist.Normal(MODES[1], WIDTHS[1]).to_event(1).expand((SEEDS,))
+    assert trial(make(one), TARGETS["bimodal"]).kept >= 0.95 * SEEDS
 
 
 @pytest.mark.xfail(reason="a search that ends in one mode is sure of itself in 8 of 100 seeds")
