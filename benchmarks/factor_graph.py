@@ -136,23 +136,32 @@ def measure(name, chain, repeats):
     return processor_seconds(CONTENDERS[name](chain), repeats)
 
 
+def run(name, chain, repeats):
+    """Return what a contender gives, or why it gives nothing."""
+    try:
+        return measure(name, chain, repeats)
+    except (ArithmeticError, ImportError) as error:
+        return str(error)
+
+
 def compare(args):
     """Print a table of all contenders against the length."""
     print("| length | contender | value | seconds | ratio |\n|---|---|---|---|---|")
     spent: dict[str, tuple[int, float]] = {}
+    failed: dict[str, str] = {}
     for length in args.lengths:
         chain = Chain(length, args.states)
         ours = measure("FactorGraph, next calls", chain, args.repeats)[1]
         for name in CONTENDERS:
             at, before = spent.get(name, (length, 0.0))
             if before * length / at > args.limit:
-                print(f"| {length} | {name} | | over {args.limit:g} | |")
+                failed[name] = f"over {args.limit:g} s"
+            row = failed.get(name) or run(name, chain, args.repeats)
+            if isinstance(row, str):
+                failed[name] = row
+                print(f"| {length} | {name} | {row} | | |", flush=True)
                 continue
-            try:
-                value, seconds = measure(name, chain, args.repeats)
-            except (ArithmeticError, ImportError) as error:
-                print(f"| {length} | {name} | | {error} | |")
-                continue
+            value, seconds = row
             spent[name] = length, seconds
             ratio = seconds / ours
             print(f"| {length} | {name} | {value:.6f} | {seconds:.4f} | {ratio:.1f} |", flush=True)
