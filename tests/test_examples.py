@@ -14,6 +14,7 @@ SMALL = {
     "double_well.py": "--draws 30 --warmup 30 --plot well.png",
     "free_energy.py": "--points 51 --plot free_energy.png",
     "kmeans.py": "--temperatures 4 --restarts 1 --plot kmeans.png",
+    "ising_coupling.py": "--side 3 --draws 30 --warmup 30 --chains 4 --nodes 5 --plot j.png",
     "ring.py": "--chains 4 --draws 40 --warmup 40 --plot ring.png",
     "density_2d.py": "--steps 20 --batch 16 --chains 32 --hidden 8 --plot density.png",
 }
