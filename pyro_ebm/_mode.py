@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.distributions import biject_to
 from pyro_ebm._short_run import unconstrained
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, differentiable
-from pyro_ebm.flat import num_states
+from pyro_ebm.flat import sites_of
 
 NUM_STARTS = 8
 
@@ -66,7 +65,7 @@ def space_of(d: GibbsBoltzmann) -> Space:
     Raises:
         ValueError: If the support is finite.
     """
-    if num_states(d.support, d.event_shape) < math.inf:
+    if sites_of(d.support, d.event_shape) is not None:
         raise ValueError(
             f"the support must be continuous, got the finite support {d.support}: use Exact()"
         )

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from pyro_ebm._guard import is_tracing
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import describe
-from pyro_ebm.flat import num_states, values_of
+from pyro_ebm.flat import num_states, sites_of, values_of
 from pyro_ebm.partition.base import LogPartition, Points, Weighted, deterministic, weigh
 
 MAX_IN_CHUNKS = 1 << 30  # states; at a microsecond each some twenty minutes
@@ -130,7 +130,7 @@ class _Product:
 
     def __init__(self, d: GibbsBoltzmann) -> None:
         shape, values = d.event_shape, values_of(d.support)
-        if not num_states(d.support, shape) < math.inf:
+        if sites_of(d.support, shape) is None:
             raise ValueError(f"the support must be finite, got {d.support}, which has inf states")
         self.one_hot = values is None
         self.num = math.prod(shape[:-1] if values is None else shape)
