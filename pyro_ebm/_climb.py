@@ -95,8 +95,7 @@ def climb(path: Path, num: int, how: Climb) -> tuple[Particles, Ladder, Tensor]:
     """
     particles = path.draw(num)
     t = torch.zeros_like(particles.offset)
-    floating = particles.z.is_floating_point()
-    scale = torch.ones_like(particles.z[0]) if floating else torch.ones_like(t)
+    scale = torch.ones_like(t) if path.finite else torch.ones_like(particles.z[0])
     tuning, length, rates = Tuning(scale, t - 0.7), t, []
     rungs: list[tuple[Tensor, Tensor, Tuning]] = []
     while bool((t < 1).any()):
@@ -106,7 +105,7 @@ def climb(path: Path, num: int, how: Climb) -> tuple[Particles, Ladder, Tensor]:
         lost = log_conditional_ess(particles.log_weight, step)
         particles = particles._replace(log_weight=particles.log_weight + step)
         _check_progress(path, particles, (t, after), len(rungs))
-        if floating:
+        if not path.finite:
             scale = spread(particles.z, particles.log_weight, tuning.scale)
             tuning = tuning._replace(scale=scale)
         if not rungs:

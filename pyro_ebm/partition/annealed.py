@@ -69,7 +69,8 @@ class Annealed:
         num_particles: The number of particles :math:`n`.
         num_steps: The number of temperatures, with one move at each.
         reverse: Whether to estimate from above.
-        proposal: The proposal :math:`q`, a normalised distribution; the base if None.
+        proposal: The proposal :math:`q`, a normalised distribution; the base if None. A mode
+            that its particles do not reach is left out, which :meth:`bracket` shows.
         start: Points of the distribution, ``(m, *event)`` or ``(m, *batch, *event)``, at which
             reverse runs start, each at another; by default draws of :meth:`GibbsBoltzmann.sample`:
             exact where the support is small and finite or there is a ``sampler``, else ends of

@@ -181,5 +181,5 @@ def needs_value(method: Any, why: str, enumerated: bool = False) -> None:
         raise UnnormalizedError(
             f"{scoring()[0]}: {who} needs the value of log Z, and log_partition="
             f"{type(method).__name__} {why}. Use Exact(), Quadrature(...), or "
-            "Importance(..., common_random_numbers=True)"
+            "Importance or Annealed(..., common_random_numbers=True)"
         )

@@ -44,7 +44,8 @@ class SMC:
         num_moves: The number of moves at each temperature.
         ess_threshold: Particles are resampled, systematically, where their effective sample size
             falls below this share of their number.
-        proposal: The proposal :math:`q`, a normalised distribution; the base if None.
+        proposal: The proposal :math:`q`, a normalised distribution; the base if None. A mode
+            that its particles do not reach is left out, which :meth:`Annealed.bracket` shows.
 
     Raises:
         ValueError: If an argument is out of its range; when used, if there is no proposal and
