@@ -596,6 +596,18 @@ def test_it_is_an_energy_for_gibbs_boltzmann():
     torch.testing.assert_close(d.log_prob(x), -0.6 * g(x) - g.log_partition(0.6))
 
 
+def test_a_density_whose_states_no_table_holds_is_normalized():
+    weight = nn.Parameter(torch.randn(2, 2))
+    g = ebm.FactorGraph({(i, i + 1): weight for i in range(199)}, binary(200))
+    base = ebm.Flat((200,), constraints.boolean)
+    d = ebm.GibbsBoltzmann(g, base, 0.7, log_partition=ebm.partition.Exact())
+    x = g.to_tensor(g.sample(3, 0.7)).to(weight)
+    want = -0.7 * g(x) - g.log_partition(0.7)
+    torch.testing.assert_close(d.log_prob(x), want, **EXACT)
+    found = gradients(d.log_prob(x).sum(), [weight])
+    torch.testing.assert_close(found, gradients(want.sum(), [weight]), **EXACT)
+
+
 def test_a_batch_of_graphs_is_a_batch_of_distributions():
     g = graph([("a", "b"), ("b",)], {"a": 3, "b": 3}, 4)
     base = ebm.Flat((2,), constraints.integer_interval(0, 2))
