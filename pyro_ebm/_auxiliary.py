@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -194,6 +195,10 @@ class Exchanged:
         if values is not None:
             dims = 1 + data.dim() - d.event_dim
             return lambda z: _sweeps(_at(potential, z, data.dim()), values, z, data, num, dims)
+        if num_states(d.support, d.event_shape) < math.inf:
+            raise NotImplementedError(
+                f"site {name!r} needs a sampler: there is no inner kernel on {d.support}"
+            )
         transform = biject_to(d.support)
         free = transform.inv(data)
 

@@ -342,13 +342,13 @@ def coupling_truth(x):
 
 
 def of_stock(model, *args):
-    mcmc = MCMC(NUTS(model), 400, 200, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), 300, 150, disable_progbar=True)
     mcmc.run(*args)
     return mcmc.get_samples(group_by_chain=True)
 
 
 def of_ours(model, *args):
-    mcmc = ebm.MCMC(ebm.NUTS(model), 150, 150, num_chains=16, disable_progbar=True)
+    mcmc = ebm.MCMC(ebm.NUTS(model), 120, 100, num_chains=16, disable_progbar=True)
     mcmc.run(*args)
     return mcmc.get_samples(group_by_chain=True)
 
