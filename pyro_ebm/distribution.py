@@ -215,7 +215,8 @@ class GibbsBoltzmann(TorchDistribution):
                 f"infer_discrete needs scalar sites, got the event shape {tuple(self.event_shape)}"
                 ": apply pyro_ebm.infer.IndexReparam to the site"
             )
-        states = states_of(self.support, self.event_shape).to(self.floating().device)
+        states, like = states_of(self.support, self.event_shape), self.floating()
+        states = states.to(like if states.is_floating_point() else like.device)
         ones = (1,) * len(self.batch_shape)
         states = states.reshape(len(states), *ones, *self.event_shape)
         return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
@@ -366,10 +367,10 @@ class GibbsBoltzmann(TorchDistribution):
         return self.log_partition.log_z(self._origin or self, x)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draw points: exactly on finite supports, else by one short chain per point.
+        """Draw points: exactly on small finite supports and factor graphs, else by short chains.
 
-        The chains start from the base and make 200 adapted MALA moves in unconstrained space (on
-        finite supports too large for a table: 50 sweeps of Gibbs sampling). They are independent
+        The chains, one per point, start from the base and make 200 adapted MALA moves in
+        unconstrained space (on finite supports: 50 sweeps of Gibbs sampling). They are independent
         of each other but only approximate the distribution where it has several modes or is
         badly scaled. Pyro calls ``sample`` to start nearly every algorithm; for results use a
         chain, or pass ``sampler``.
@@ -396,12 +397,36 @@ class GibbsBoltzmann(TorchDistribution):
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.energy):
             if self.has_enumerate_support:
                 return self._sample_table(shape)
+            graph = self._graph()
+            if graph is not None and graph.cost.largest_table <= graph.max_table:
+                return self._sample_graph(graph, shape)
             if values_of(self.support) is not None:
                 return self._sample_sweeps(shape)
             transform = biject_to(self.support)
             potential = unconstrained(self.potential, transform, self.event_dim)
             end = short_run(potential, lambda: transform.inv(self.base.sample(shape)))
             return transform(end)
+
+    def _graph(self) -> Any:
+        """Return the energy if it sums and draws by itself, as a factor graph; else None.
+
+        Such an energy has ``log_partition``, ``sample`` and the ``cardinalities`` of the
+        components of its points; the support must hold all its states, those beyond have an
+        infinite energy.
+        """
+        cards, values = getattr(self.energy, "cardinalities", None), values_of(self.support)
+        if cards is None or values is None or not isinstance(self.base, Flat):
+            return None
+        whole = torch.equal(values.long(), torch.arange(len(values)))
+        fits = self.event_shape == (len(cards),) and max(cards.values()) <= len(values)
+        return self.energy if whole and fits else None
+
+    def _sample_graph(self, graph: Any, shape: torch.Size) -> Tensor:
+        beta = torch.as_tensor(self.beta).to(self.floating()).expand(self.batch_shape)
+        with self._binding.active():
+            x = graph.to_tensor(graph.sample(shape.numel(), beta)).reshape(self.shape(shape))
+        values = values_of(self.support)
+        return values.to(self.floating())[x] if values.is_floating_point() else x  # type: ignore[union-attr]
 
     def _sample_table(self, shape: torch.Size) -> Tensor:
         states = self.enumerate_support()

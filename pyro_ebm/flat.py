@@ -83,6 +83,7 @@ def states_of(support: Constraint, event_shape: Sequence[int]) -> Tensor:
     table = torch.cartesian_prod(*[values] * n) if n else values.new_empty(1, 0)
     if values_of(support) is None:
         table = torch.nn.functional.one_hot(table.long(), event_shape[-1])
+        table = table.to(torch.get_default_dtype())  # as Pyro's OneHotCategorical has it
     return table.reshape(int(count), *event_shape)
 
 

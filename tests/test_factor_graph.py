@@ -16,7 +16,7 @@ from torch import nn
 
 import pyro_ebm as ebm
 from pyro_ebm._contraction import Least, LogSumExp, MinSum, contract, record
-from tests.common import EXACT, FALSE_ALARM, NUMERIC
+from tests.common import EXACT, FALSE_ALARM, FAR, NUMERIC
 
 
 class Enumeration:
@@ -868,3 +868,34 @@ REFUSED = {
 def test_it_refuses(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_distribution_of_a_graph_draws_exactly():
+    n, J = 40, torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    g = ebm.FactorGraph([((i, i + 1), J) for i in range(n - 1)], dict.fromkeys(range(n), 2))
+    beta = torch.tensor([0.3, 2.0])
+    d = ebm.GibbsBoltzmann(g, ebm.Flat((n,), constraints.boolean), beta)
+    x = d.sample((3000,))
+    assert x.shape == (3000, 2, n)
+    assert x.dtype == torch.get_default_dtype()
+    differ = (x[..., 1:] != x[..., :-1]).double().sum((0, -1))  # independent along a chain
+    p = torch.sigmoid(-beta)
+    error = (differ - 3000 * (n - 1) * p) / (3000 * (n - 1) * p * (1 - p)).sqrt()
+    assert (error.abs() < FAR).all()
+    wide = ebm.GibbsBoltzmann(g, ebm.Flat((n,), constraints.boolean)).expand((2,)).sample((4,))
+    assert not torch.equal(wide[:, 0], wide[:, 1])
+
+
+def test_a_distribution_of_a_graph_that_is_too_large_still_draws():
+    side = 4
+    at = {(r, c): (r, c) for r in range(side) for c in range(side)}
+    J = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    pairs = [((p, (p[0], p[1] + 1)), J) for p in at if p[1] + 1 < side]
+    pairs += [((p, (p[0] + 1, p[1])), J) for p in at if p[0] + 1 < side]
+    pairs += [((i, i + 1), J) for i in range(9)]  # so that there is no small table
+    cards = dict.fromkeys([*at, *range(10)], 2)
+    g = ebm.FactorGraph(pairs, cards, max_table=8)
+    with pytest.raises(ValueError, match="treewidth"):
+        g.sample(1)
+    d = ebm.GibbsBoltzmann(g, ebm.Flat((26,), constraints.boolean))
+    assert d.sample((2,)).shape == (2, 26)

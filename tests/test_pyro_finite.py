@@ -59,7 +59,7 @@ SUPPORTS = {
     "integers": ((), constraints.integer_interval(1, 3), torch.tensor([1, 2, 3])),
     "boolean": ((), constraints.boolean, booleans(1)),
     "booleans": ((2,), constraints.boolean, booleans(2)),
-    "one-hot": ((3,), constraints.one_hot, torch.eye(3).long()),
+    "one-hot": ((3,), constraints.one_hot, torch.eye(3)),
 }
 
 

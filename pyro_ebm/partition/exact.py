@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm._guard import is_tracing
-from pyro_ebm.distribution import Flat, GibbsBoltzmann
+from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import describe
 from pyro_ebm.flat import num_states, sites_of, values_of
 from pyro_ebm.partition.base import LogPartition, Points, Weighted, deterministic, weigh
@@ -84,7 +84,6 @@ class Exact:
     def points(self, d: GibbsBoltzmann) -> Points:
         """Return all states, with the measure of the base."""
         x = d.enumerate_support(expand=False)
-        x = x.to(d.floating()) if x.is_floating_point() else x
         return Points(x, d._measure.log_prob(x))
 
     def weighted(self, d: GibbsBoltzmann) -> Weighted:
@@ -109,20 +108,12 @@ class Exact:
 
 
 def _own_sum(d: GibbsBoltzmann) -> Tensor | None:
-    """Return the log Z of an energy that can sum over all its states itself, if this one can.
-
-    Such an energy has ``log_partition(beta)`` and the ``cardinalities`` of the components of its
-    points; the support must hold all its states, those beyond have an infinite energy.
-    """
-    own, cards = (getattr(d.energy, n, None) for n in ("log_partition", "cardinalities"))
-    values = values_of(d.support)
-    if own is None or cards is None or values is None or not isinstance(d.base, Flat):
-        return None
-    whole = torch.equal(values.long(), torch.arange(len(values)))
-    if not whole or d.event_shape != (len(cards),) or max(cards.values()) > len(values):
+    """Return the log Z of an energy that can sum over all its states itself, if this one can."""
+    graph = d._graph()
+    if graph is None:
         return None
     with d._binding.active():
-        return own(d.beta)
+        return graph.log_partition(d.beta)
 
 
 class _Product:
@@ -135,16 +126,16 @@ class _Product:
         self.one_hot = values is None
         self.num = math.prod(shape[:-1] if values is None else shape)
         values = torch.arange(shape[-1]) if values is None else values
-        like = d.floating()
-        like = like if values.is_floating_point() else values.new_empty(0, device=like.device)
-        self.values, self.size = values.to(like), len(values)
+        self.like = d.floating()
+        whole = not values.is_floating_point()
+        self.values, self.size = values.to(self.like.device if whole else self.like), len(values)
         self.shape = (*[1] * len(d.batch_shape), *shape)
 
     def states(self, digits: Tensor) -> Tensor:
         """Return the states whose components have the values of numbers ``(n, num)``."""
         x = self.values[digits]
         if self.one_hot:
-            x = torch.nn.functional.one_hot(x, self.size)
+            x = torch.nn.functional.one_hot(x, self.size).to(self.like)
         return x.reshape(len(digits), *self.shape)
 
     def digits(self, start: int, stop: int) -> Tensor:
