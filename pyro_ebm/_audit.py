@@ -108,6 +108,16 @@ def _log_z_depends_on(
     )
 
 
+def _unknown_to_table(
+    name: str, d: GibbsBoltzmann, value: Tensor, params: frozenset[str]
+) -> Iterator[Finding]:
+    """Find random sites that log Z depends on beyond the one number of its table."""
+    random, *_ = _log_z_depends_on(d, value, frozenset(), params)
+    known = get_provenance(d.log_partition.parameter(d))
+    if names := tuple(n for n in random if n not in known):
+        yield Finding(name, "random", names, _MESSAGES["table"].format(name, ", ".join(names)))
+
+
 def _findings(
     name: str, node: Any, d: GibbsBoltzmann, reads: frozenset[str], params: frozenset[str]
 ) -> Iterator[Finding]:
@@ -121,6 +131,8 @@ def _findings(
                 yield Finding(name, kind, names, _MESSAGES[kind].format(name, ", ".join(names)))
         if not random and not learned and not control and not known:
             yield Finding(name, "evidence", (), _MESSAGES["evidence"].format(name))
+    elif hasattr(d.log_partition, "parameter"):  # a table, of one number
+        yield from _unknown_to_table(name, d, node["value"], params)
     elif getattr(d.log_partition, "value", "") == "none":
         yield Finding(name, "gradient", (), _MESSAGES["gradient"].format(name))
     if node["is_observed"] and (names := _unregistered(d, params)):
@@ -137,6 +149,8 @@ _MESSAGES = {
     "log Z depends on it, and there is no log_partition. " + REMEDY,
     "evidence": "site {!r}: log Z is constant; inference of the latent sites is right, evidence "
     "(Importance) and the value of an ELBO lack it.",
+    "table": "site {!r}: log Z depends on the random {}, of which its table knows nothing. "
+    + REMEDY,
     "gradient": "site {!r}: log Z has its gradient only; SVI is right, MCMC and evidence are "
     "refused.",
     "unregistered": "site {!r}: the observed energy's {} require gradients but are not registered "

@@ -250,8 +250,23 @@ def two_unknowns(table):
 def test_an_energy_with_another_unknown_is_refused(table):
     with pytest.raises(ebm.UnnormalizedError, match="nothing random or learned but the table's"):
         MCMC(NUTS(two_unknowns), 5, 5, disable_progbar=True).run(table)
-    with pytest.raises(ebm.UnnormalizedError, match="Table"):
+    message = "site 'x': log Z depends on the random k, of which its table knows nothing"
+    with pytest.raises(ebm.UnnormalizedError, match=message):
         ebm.MCMC(ebm.NUTS(two_unknowns), 5, 5, disable_progbar=True).run(table)
+    with pytest.raises(ebm.UnnormalizedError, match=message):
+        ebm.audit(two_unknowns, table)
+
+
+def test_a_table_of_a_product_of_unknowns_is_let_pass():
+    table = Table(0.0, 1.0, make=small)
+
+    def model():
+        j = pyro.sample("a", dist.Uniform(0.0, 1.0)) * pyro.sample("b", dist.Uniform(0.0, 1.0))
+        d = ebm.GibbsBoltzmann(ising(j), lattice.bits(3), log_partition=table.at(j))
+        pyro.sample("x", d, obs=torch.ones(3, 3))
+
+    assert ebm.audit(model) == []
+    pyro.poutine.trace(model).get_trace().log_prob_sum()
 
 
 def test_a_learned_energy_is_refused(table):

@@ -122,6 +122,10 @@ class Table:
             raise ValueError("make must be given for a table of a parameter, got None")
         return _At(self, theta)
 
+    def parameter(self, d: GibbsBoltzmann) -> Tensor:
+        """Return what the table is read at for a distribution, which an audit asks for."""
+        return torch.as_tensor(d.beta)
+
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return log Z.
 
@@ -131,7 +135,7 @@ class Table:
         """
         if self.make is not None:
             raise ValueError("log_partition must be table.at(theta), since the table has a make")
-        return self._log_z(d, torch.as_tensor(d.beta))
+        return self._log_z(d, self.parameter(d))
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return log Z with its standard error; the effective sample size is that of ladders.
@@ -139,7 +143,7 @@ class Table:
         Raises:
             UnnormalizedError: If the table lacks its constant.
         """
-        return self._estimate(d, torch.as_tensor(d.beta))
+        return self._estimate(d, self.parameter(d))
 
     def _estimate(self, d: GibbsBoltzmann, theta: Tensor) -> LogPartition:
         value = self._log_z(d, theta)
@@ -362,6 +366,10 @@ class _At:
 
     def __init__(self, table: Table, theta: Tensor) -> None:
         self.table, self.theta = table, torch.as_tensor(theta)
+
+    def parameter(self, d: GibbsBoltzmann) -> Tensor:
+        """Return what the table is read at."""
+        return self.theta
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return log Z."""
