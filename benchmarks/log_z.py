@@ -7,10 +7,11 @@ From the root of a checkout, where ``.[bench]`` and ``.[test]`` are installed::
     python -m benchmarks.log_z --contract   every method on every target, 100 seeds
     python -m benchmarks.log_z --quick      a minute, to see that it runs
 
-All contenders run in one process of one thread, seed by seed, on the same energies in double
-precision, which count how often they are asked. Annealers have the same numbers of particles and
-of temperatures; the other methods get sizes of about the same cost. A peer that is not installed
-has a row that says so.
+All contenders run in one process of one thread, on the same energies in double precision, which
+count how often they are asked. Seeds run in a batch where a library can have it so; the seconds
+are those of one of them alone. Annealers have the same numbers of particles and of temperatures;
+the other methods get sizes of about the same cost. A peer that is not installed has a row that
+says so.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 import pyro_ebm as ebm
 from benchmarks import log_z_peers as peers
 from pyro_ebm.partition import MBAR, SMC, Annealed, Bridge, Importance, Laplace, Table
+from pyro_ebm.partition.base import MIN_ESS, from_weights
 from tests.partition_targets import LAYERS, RBM_JOINT, TARGETS, checkerboard, heat_bath
 from tests.test_partition_targets import trial
 
@@ -62,11 +64,12 @@ class Counted:
 
 
 class Job(NamedTuple):
-    """One estimate that is asked for: a target by name, and a size."""
+    """The estimates that are asked for: a target by name, a size, and how many."""
 
     name: str
     energy: Counted
     steps: int
+    seeds: int
 
     @property
     def target(self):
@@ -81,22 +84,12 @@ class Job(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Maps a job to value, standard error and whether it is doubted; its targets and package."""
+    """Maps a job to values, standard errors and effective sample sizes, each ``(seeds,)``."""
 
     run: Callable[[Job], Any]
     targets: tuple[str, ...]
     package: str = "pyro-ebm"
-
-
-class Outcome(NamedTuple):
-    """One seed of a contender."""
-
-    off: float
-    std_error: float
-    doubted: bool
-    energies: int
-    gradients: int
-    seconds: float
+    batched: bool = True
 
 
 def target_of(name):
@@ -107,14 +100,13 @@ def target_of(name):
 
 
 def ours(make, job):
-    """Run a method of ours, which may say that it cannot be trusted."""
+    """Run a method of ours on equal temperatures, for each of which it draws anew."""
     target = job.target
-    d = ebm.GibbsBoltzmann(job.energy, target.base(), target.beta)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        value, std_error, _ = ebm.log_partition(d, make(job))
-    doubted = any(issubclass(w.category, ebm.UnnormalizedWarning) for w in said)
-    return float(value), float(std_error), doubted
+    beta = target.beta if job.seeds == 1 else torch.full((job.seeds,), target.beta)
+    d = ebm.GibbsBoltzmann(job.energy, target.base(), beta)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", ebm.UnnormalizedWarning)  # the table says it
+        return [part.reshape(-1) for part in ebm.log_partition(d, make(job))]
 
 
 def kernel(job):
@@ -133,16 +125,16 @@ def table(job):
 
 
 def rbms(job):
-    target = job.target
     name = "rbm" if job.name == "rbm_joint" else job.name
-    value = peers.rbms_ais(name, target, PARTICLES, job.steps, job.energy.add)
-    return *value[:2], False
+    value = peers.rbms_ais(name, job.target, PARTICLES, job.steps, job.energy.add)
+    return torch.tensor([value]), torch.tensor([math.nan]), torch.tensor([math.nan])
 
 
 def ebmkit(job, **options):
-    """Run ebmkit; it says to watch its effective sample size, of which we ask ten as of ours."""
-    found = peers.ebmkit_ais(job.target, job.energy, PARTICLES, job.steps, **options)
-    return *found[:2], found[2] < 10
+    """Run ebmkit once with the particles of all seeds, and part them."""
+    particles = PARTICLES * job.seeds
+    weights = peers.ebmkit_weights(job.target, job.energy, particles, job.steps, **options)
+    return from_weights(weights.reshape(PARTICLES, job.seeds))
 
 
 SPINS, SMOOTH = (*TORUS, "rbm_joint"), ("gaussian20", "bimodal")
@@ -164,9 +156,9 @@ CONTENDERS = {
         partial(ours, lambda job: MBAR(8, 16, job.steps, warmup=100)),
         SMOOTH,
     ),
-    "table": Contender(partial(ours, table), SMOOTH),
+    "table": Contender(partial(ours, table), SMOOTH, batched=False),
     "laplace": Contender(partial(ours, lambda job: Laplace(3 * job.steps)), SMOOTH),
-    "rbms AIS": Contender(rbms, SPINS, "rbms"),
+    "rbms AIS": Contender(rbms, SPINS, "rbms", batched=False),
     "ebmkit AIS, heat bath": Contender(
         lambda job: ebmkit(job, blocks=job.blocks), SPINS, "ebmkit"
     ),
@@ -189,45 +181,40 @@ def absent(package):
 # Measuring ---------------------------------------------------------------------------------------
 
 
-def once(contender, name, steps, seed):
-    """Run one seed."""
+def once(contender, name, steps, seed, seeds=1):
+    """Run seeds at once; return errors, their claims, effective sample sizes, counts, seconds."""
     torch.manual_seed(seed)
     energy = Counted(target_of(name).energy)
     clock = time.perf_counter()
-    value, std_error, doubted = contender.run(Job(name, energy, steps))
+    value, std_error, ess = contender.run(Job(name, energy, steps, seeds))
     seconds = time.perf_counter() - clock
-    off = value - target_of(name).log_z()
-    return Outcome(off, std_error, doubted, energy.energies, energy.gradients, seconds)
+    cost = torch.tensor([energy.energies, energy.gradients]) / seeds
+    return (value - target_of(name).log_z(), std_error, ess), cost, seconds
 
 
-def seeds(contender, name, steps, args):
-    """Run the seeds, after the first few only while there is time."""
-    outcomes, clock = [], time.perf_counter()
-    for seed in range(args.seeds):
-        if seed >= args.least and time.perf_counter() - clock > args.limit:
-            break
-        outcomes.append(once(contender, name, steps, seed))
-    return outcomes
-
-
-def row_of(target, contender, steps, outcomes):
-    """Sum up the seeds of a contender."""
-    off, error = (torch.tensor([getattr(o, k) for o in outcomes]) for k in ("off", "std_error"))
-    doubted = torch.tensor([o.doubted for o in outcomes])
-    mean = lambda key: sum(getattr(o, key) for o in outcomes) / len(outcomes)
+def row_of(contender, name, steps, args):
+    """Run one seed for its time, then all, and sum them up."""
+    parts, cost, seconds = once(contender, name, steps, args.seeds)
+    if contender.batched:
+        parts, cost, _ = once(contender, name, steps, 0, args.seeds)
+    else:
+        most = max(args.least, min(args.seeds, int(args.limit / seconds)))
+        runs = [parts, *(once(contender, name, steps, seed)[0] for seed in range(1, most))]
+        parts = [torch.cat(part) for part in zip(*runs, strict=True)]
+    off, error, ess = parts
+    doubted = ess < MIN_ESS if contender.batched else torch.zeros_like(ess, dtype=torch.bool)
     return {
-        "target": target, "contender": contender, "steps": steps, "seeds": len(outcomes),
+        "steps": steps, "seeds": len(off),
         "rmse": float(off.square().mean().sqrt()), "bias": float(off.mean()),
         "largest": float(off.abs().max()), "std_error": float(error.median()),
-        "within": int((off.abs() <= 3 * error + 1e-9).sum()), "doubted": int(doubted.sum()),
+        "doubted": int(doubted.sum()),
         "kept": int(((off.abs() <= 3 * error + 1e-9) | doubted).sum()),
-        "energies": mean("energies"), "gradients": mean("gradients"), "seconds": mean("seconds"),
+        "energies": float(cost[0]), "gradients": float(cost[1]), "seconds": seconds,
     }  # fmt: skip
 
 
 def measure(args):
-    """Return a row for each target, contender and size."""
-    rows = []
+    """Give a row for each target, contender and size."""
     for name in args.targets:
         names = (name, "rbm_joint") if name == "rbm" else (name,)
         for label, contender in CONTENDERS.items():
@@ -236,12 +223,11 @@ def measure(args):
                 shown = label + ", sweeps" * swept
                 if absent(contender.package):
                     why = f"{contender.package} is not installed: pip install pyro-ebm[bench]"
-                    rows.append({"target": name, "contender": shown, "missing": why})
+                    yield {"target": name, "contender": shown, "missing": why}
                     continue
                 for steps in args.steps:
-                    rows.append(row_of(name, shown, steps, seeds(contender, at, steps, args)))
-                    print(name, shown, steps, f"{rows[-1]['rmse']:.3g}", file=sys.stderr)
-    return rows
+                    row = row_of(contender, at, steps, args)
+                    yield {"target": name, "contender": shown, **row}
 
 
 def blocks_of(name):
@@ -279,50 +265,56 @@ FULL = (
 
 def contract(args):
     """Run the contract of the tests on every target, in larger sizes and one batch of seeds."""
-    rows = []
     for label, make, names in FULL:
         for name in names:
             clock = time.perf_counter()
             torch.manual_seed(0)
             result = trial(make(name), target_of(name), args.seeds)
-            rows.append({
+            yield {
                 "target": name, "contender": label, "seeds": args.seeds, "kept": result.kept,
                 "trusted": int(result.trusted.sum()),
                 "rmse": float(result.off.square().mean().sqrt()),
                 "rms z": float(result.z.square().mean().sqrt()),
                 "seconds": time.perf_counter() - clock,
-            })  # fmt: skip
-            print(rows[-1], file=sys.stderr)
-    return rows
+            }  # fmt: skip
 
 
 # Output ------------------------------------------------------------------------------------------
 
 
-def cells(row):
-    if "missing" in row:
-        return row["target"], row["contender"], row["missing"]
-    cost = row["energies"] + row["gradients"]
-    claimed = f"{row['std_error']:.2g}" if math.isfinite(row["std_error"]) else "–"
-    kept = f"{row['kept']}" if math.isfinite(row["std_error"]) else "–"
-    share = row["gradients"] / cost
-    return (
-        row["target"], row["contender"], str(row["steps"]), str(row["seeds"]),
-        f"{row['rmse']:.2g}", f"{row['bias']:+.2g}", f"{row['largest']:.2g}", claimed, kept,
-        str(row["doubted"]), f"{cost:.2g}", f"{share:.0%}", f"{row['seconds']:.2g}",
-    )  # fmt: skip
+HEAD = ("target", "method", "error", "bias", "claimed", "kept", "doubted", "evaluations", "s")
 
 
-HEAD = (
-    "target", "method", "size", "seeds", "error", "bias", "largest", "claimed", "kept", "doubted",
-    "evaluations", "gradients", "s",
-)  # fmt: skip
+def compact(rows):
+    """Give one line for each target and contender, with its sizes in order."""
+    for key in dict.fromkeys((row["target"], row["contender"]) for row in rows):
+        sizes = [row for row in rows if (row["target"], row["contender"]) == key]
+        if "missing" in sizes[0]:
+            yield *key, sizes[0]["missing"]
+            continue
+        join = lambda form, sizes=sizes: "; ".join(form(row) for row in sizes)
+        yield (
+            *key,
+            join(lambda r: f"{r['rmse']:.2g}"),
+            join(lambda r: f"{r['bias']:+.2g}"),
+            join(lambda r: f"{r['std_error']:.2g}".replace("nan", "–")),
+            join(lambda r: f"{r['kept']}/{r['seeds']}" if r["std_error"] >= 0 else "–"),
+            join(lambda r: str(r["doubted"])),
+            join(lambda r: f"{(r['energies'] + r['gradients']) / 1000:,.0f}k"),
+            join(lambda r: f"{r['seconds']:.2g}"),
+        )
 
 
-def show(rows, head, cells):
-    print("|", " | ".join(head), "|\n|" + "---|" * len(head))
+def plain(rows):
+    """Give a line for each row."""
     for row in rows:
-        print("|", " | ".join(cells(row)), "|")
+        yield [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+
+
+def show(head, lines):
+    print("|", " | ".join(head), "|\n|" + "---|" * len(head))
+    for line in lines:
+        print("|", " | ".join(line), "|")
 
 
 def plot(rows, path):
@@ -334,20 +326,23 @@ def plot(rows, path):
     for axis, name in zip(axes[0], names, strict=True):
         for i, label in enumerate(labels):
             mine = [r for r in rows if (r["target"], r["contender"]) == (name, label)]
-            mine = [r for r in mine if "rmse" in r]
+            mine = [r for r in mine if r.get("rmse", 0.0) > 1e-6]  # the exact have no place here
+            if not mine:
+                continue
             cost = [r["energies"] + r["gradients"] for r in mine]
             style = "--" if "AIS" in label else "-"
             color, marker = f"C{i % 10}", "os^vDP*Xdh<>p8"[i % 14]
-            axis.loglog(cost, [max(r["rmse"], 1e-4) for r in mine], style, color=color,
-                        marker=marker, label=label, markersize=5)  # fmt: skip
+            error = [r["rmse"] for r in mine]
+            axis.loglog(cost, error, style, color=color, marker=marker, label=label, markersize=5)
         axis.set(title=name, xlabel="energies and gradients per estimate")
-        axis.grid(alpha=0.3)
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("root mean squared error of log Z (nats)")
     handles = {}
     for axis in axes[0]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    drawn = {k: h for k, h in handles.items() if len(h.get_xdata())}
-    figure.legend(drawn.values(), drawn, loc="lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles, loc="lower center", ncols=5, frameon=False)
     figure.tight_layout(rect=(0, 0.16, 1, 1))
     figure.savefig(path, dpi=110)
 
@@ -358,8 +353,8 @@ def main():
     parser.add_argument("--targets", nargs="+", choices=(*TABLE, *TORUS), default=TABLE)
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds for a row, after which")
-    parser.add_argument("--least", type=int, default=5, help="so many seeds are enough")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds of seeds one by one")
+    parser.add_argument("--least", type=int, default=5, help="seeds that run in any case")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
     parser.add_argument("--torus", action="store_true", help="the torus at three temperatures")
     parser.add_argument("--contract", action="store_true", help="every target, batches of seeds")
@@ -375,18 +370,19 @@ def main():
         args.steps, args.seeds = (10, 30), 3
     for name in set(CONTENDERS) - set(args.contenders or CONTENDERS):
         del CONTENDERS[name]
-    rows = contract(args) if args.contract else measure(args)
     versions = {name: None if absent(name) else metadata.version(name) for name in LIBRARIES}
+    about = {"versions": versions, "machine": platform.machine(), "command": sys.argv[1:]}
+    rows = []
+    for row in contract(args) if args.contract else measure(args):
+        rows.append(row)
+        print(row["target"], row["contender"], row.get("steps", ""), file=sys.stderr)
+        if args.output:  # also of a run that is cut off
+            args.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
     if args.contract:
-        show(rows, list(rows[0]), lambda row: [
-            f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()
-        ])  # fmt: skip
+        show(rows[0], plain(rows))
     else:
-        show(rows, HEAD, cells)
+        show(HEAD, compact(rows))
     print("\n" + ", ".join(f"{name} {v or 'not installed'}" for name, v in versions.items()))
-    if args.output:
-        about = {"versions": versions, "machine": platform.machine(), "command": sys.argv[1:]}
-        args.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
     if args.plot:
         plot(rows, args.plot)
 
