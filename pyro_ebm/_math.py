@@ -24,6 +24,15 @@ class Minimum(NamedTuple):
     grad_norm: Tensor
 
 
+def check_positive_beta(beta: float | Tensor) -> None:
+    """Refuse an inverse temperature that is not positive; only a number may be infinite."""
+    if not isinstance(beta, Tensor):
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta}")
+    elif not ((beta > 0) & beta.isfinite()).all():
+        raise ValueError(f"beta must be positive, and finite where it is a tensor, got {beta}")
+
+
 def soft_minimum(
     energy: Tensor, log_measure: Tensor, beta: float | Tensor, dim: int = 0
 ) -> Tensor:

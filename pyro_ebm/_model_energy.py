@@ -18,7 +18,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_ebm._math import Minimum
+from pyro_ebm._math import Minimum, check_positive_beta
 
 
 class ModelFreeEnergy(nn.Module):
@@ -29,7 +29,9 @@ class ModelFreeEnergy(nn.Module):
 
     Pyro's tensor variable elimination does the sum, plates and ``pyro.markov`` included. A data
     point is a row of the plates that all latents are in; everything that is observed must be in
-    them too. At :math:`\beta = 1` the free energy is minus the log-likelihood.
+    them too. At :math:`\beta = 1` the free energy is minus the log-likelihood. A latent that is
+    masked out counts as uniform, and not at all where what depends on it is masked out too. A
+    scale that all sites share, as that of a subsample, is left out: a data point counts once.
 
     Args:
         model: The model; its arguments are those of the free energy.
@@ -39,7 +41,8 @@ class ModelFreeEnergy(nn.Module):
     Raises:
         TypeError: If the model is not callable.
         ValueError: If beta is not positive; when called, if a latent is missing or not finite,
-            another site is random, or an observed one lies outside of the plates.
+            another site is random, an observed one lies outside of the plates, or sites differ
+            in their scales.
 
     References:
         | Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019)
@@ -64,9 +67,7 @@ class ModelFreeEnergy(nn.Module):
         super().__init__()
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
-        smallest = beta.min() if isinstance(beta, Tensor) else beta
-        if not smallest > 0:
-            raise ValueError(f"beta must be positive, got {beta}")
+        check_positive_beta(beta)
         self.model, self.beta = model, beta
         self.latents = None if latents is None else tuple(latents)
 
@@ -128,18 +129,35 @@ class ModelFreeEnergy(nn.Module):
 
         Returns:
             A minimum whose ``x`` has the values of the latents by name.
+
+        Raises:
+            NotImplementedError: If a latent is a vector, which ``infer_discrete`` cannot index.
         """
         joint = self._trace(*args, **kwargs)
+        vectors = [n for n in joint.latents if joint.trace.nodes[n]["fn"].event_shape]
+        if vectors:
+            raise NotImplementedError(
+                f"the minimum needs latents that are scalars, got the vectors {vectors}: declare "
+                "a Categorical and index with it in the place of a OneHotCategorical"
+            )
         model = poutine.infer_config(self.model, lambda site: _enumerate(site, joint.latents))
         best = infer_discrete(model, first_available_dim=joint.first_dim, temperature=0)
         found = poutine.trace(best).get_trace(*args, **kwargs)
-        x = {name: _value(found, name) for name in joint.latents}
-        at = poutine.trace(poutine.condition(self.model, x)).get_trace(*args, **kwargs)
+        in_plates = {name: _value(found, joint.trace, name) for name in joint.latents}
+        at = poutine.trace(poutine.condition(self.model, in_plates)).get_trace(*args, **kwargs)
         at.compute_log_prob()
         at.pack_tensors()
         energy = -_Joint.of(at, joint.latents, 1.0).total()
         ones = torch.ones_like(energy.detach())
+        sizes = {name: [f.size for f in _plates(joint.trace, name)] for name in in_plates}
+        x = {name: value.reshape(torch.Size(sizes[name])) for name, value in in_plates.items()}
         return Minimum(x, energy, ones.bool(), ones.long(), 0 * ones)
+
+
+class _Ring(LogRing):
+    """Pyro's ring of log-sum-exp, without underflow."""
+
+    _backend = "pyro_ebm._log_einsum"
 
 
 class _Joint(NamedTuple):
@@ -161,17 +179,21 @@ class _Joint(NamedTuple):
             name: frozenset(trace.plate_to_symbol[f.name] for f in _plates(trace, name))
             for name in _sites(trace)
         }
+        _check_scales(trace)
         point = frozenset.intersection(*(plates[name] for name in latents))
         terms = {}
         for name in plates:
             if not point <= plates[name]:
                 raise ValueError(
                     f"site {name!r} must lie in all plates of the latents {list(latents)}: it is "
-                    "no part of a single data point"
+                    "no part of a single data point. If it was conditioned on, hide it "
+                    "(pyro.poutine.block)"
                 )
             part = trace.nodes[name]["packed"]
             log_prob = packed.scale_and_mask(part["unscaled_log_prob"], mask=part["mask"])
-            terms[name] = _named(beta * log_prob, _dims(log_prob))
+            term = _named(beta * log_prob, _dims(log_prob))
+            own = trace.nodes[name]["infer"].get("_enumerate_symbol") if name in latents else None
+            terms[name] = term if own is None else _uniform_where_masked(term, part["mask"], own)
         return cls(trace, latents, terms, plates, point)
 
     @property
@@ -190,7 +212,7 @@ class _Joint(NamedTuple):
             sizes[self.trace.plate_to_symbol[frame.name]] = frame.size
         nodes = [self.trace.nodes[name] for name in self.latents]
         summed = {n["infer"]["_enumerate_symbol"] for n in nodes if not n["is_observed"]}
-        ring = LogRing(dim_to_size=sizes)
+        ring = _Ring(dim_to_size=sizes)
         total = contract_to_tensor(tree, summed, self.point, ring=ring)
         order = [self.trace.plate_to_symbol[frame.name] for frame in self._frames()]
         return total.permute([_dims(total).index(symbol) for symbol in order])
@@ -214,12 +236,29 @@ class _Joint(NamedTuple):
         return Categorical(probs.reshape(*(f.size for f in _plates(self.trace, name)), -1))
 
 
-def _value(trace: poutine.Trace, name: str) -> Tensor:
-    """Return the value of a site with the dimensions of its plates, which Pyro may squeeze."""
-    sizes = [frame.size for frame in _plates(trace, name)]
-    return (
-        trace.nodes[name]["value"].detach().reshape(*sizes, *trace.nodes[name]["fn"].event_shape)
-    )
+def _check_scales(trace: poutine.Trace) -> None:
+    """Refuse scales that sites do not share: a power of some factors is another model."""
+    scales = {name: trace.nodes[name]["scale"] for name in _sites(trace)}
+    if len({tuple(torch.as_tensor(scale).reshape(-1).tolist()) for scale in scales.values()}) > 1:
+        raise ValueError(f"sites must share one scale, got {scales}")
+
+
+def _uniform_where_masked(term: Any, mask: Any, own: str) -> Any:
+    """Let a latent that is masked out count as one state, not as the number of its states."""
+    if mask is None or mask is True or own not in _dims(term):
+        return term
+    away = -math.log(term.shape[_dims(term).index(own)])
+    if mask is False:
+        return _named(term + away, _dims(term))
+    wide, kept = packed.broadcast_all(term, mask)
+    return _named(torch.where(kept, wide, away), _dims(wide))
+
+
+def _value(found: poutine.Trace, trace: poutine.Trace, name: str) -> Tensor:
+    """Return a value whose plates have their dimensions, which Pyro may squeeze or forget."""
+    sizes = {frame.dim: frame.size for frame in _plates(trace, name)}
+    shape = [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
+    return found.nodes[name]["value"].detach().reshape(torch.Size(shape))
 
 
 def _dims(term: Any) -> str:
@@ -262,7 +301,8 @@ def _latents(trace: poutine.Trace, wanted: tuple[str, ...] | None) -> tuple[str,
     if other:
         raise ValueError(
             f"model must have no latent sites but {list(names)}, got {other} too: condition on "
-            "them (pyro.poutine.condition)"
+            "them (pyro.poutine.condition, and pyro.poutine.block where they lie outside of the "
+            "plates of a data point)"
         )
     endless = [name for name in names if not trace.nodes[name]["fn"].has_enumerate_support]
     if endless:

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_ebm._math import Minimum, soft_minimum
+from pyro_ebm._math import Minimum, check_positive_beta, soft_minimum
 from pyro_ebm._model_energy import ModelFreeEnergy
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given
@@ -59,7 +59,8 @@ class FreeEnergy(nn.Module):
 
     Raises:
         TypeError: If the energy is not callable or the latent no distribution.
-        ValueError: If beta is not positive, or no method is given where none is exact.
+        ValueError: If beta is not positive, or infinite as a tensor, or no method is given where
+            none is exact.
 
     References:
         | A Tutorial on Energy-Based Learning (LeCun et al., 2006), section 2.2
@@ -88,9 +89,7 @@ class FreeEnergy(nn.Module):
             raise TypeError(f"energy must be callable, got {type(energy).__name__}")
         if not isinstance(latent, TorchDistributionMixin):
             raise TypeError(f"latent must be a Pyro distribution, got {type(latent).__name__}")
-        smallest = beta.min() if isinstance(beta, Tensor) else beta
-        if not smallest > 0:
-            raise ValueError(f"beta must be positive, got {beta}")
+        check_positive_beta(beta)
         self.energy, self.latent, self.beta = energy, latent, beta
         self.cold = not isinstance(beta, Tensor) and beta == math.inf
         self.method: Any = self._choose() if method is None else _checked(method, self.cold)
@@ -194,8 +193,10 @@ class FreeEnergy(nn.Module):
             none = torch.zeros_like(value.detach())
             return FreeEnergyEstimate(value, none, none + torch.inf, None)
         d = self.conditional(*parts)
-        value, std_error, ess = (part.expand(d.batch_shape) for part in self.method(d))
-        return FreeEnergyEstimate(-value / self.beta, std_error / self.beta, ess, self.bound)
+        log_z, std_error, ess = (part.expand(d.batch_shape) for part in self.method(d))
+        # As precise as a call, where a call repeats no random numbers.
+        value = self(*parts) if getattr(self.method, "tabular", False) else -log_z / self.beta
+        return FreeEnergyEstimate(value, std_error / self.beta, ess, self.bound)
 
     def posterior(self, *parts: Tensor) -> GibbsBoltzmann:
         r"""Return the law of the latent given points, :math:`\propto m \exp(-\beta E(x, z))`.

@@ -19,6 +19,7 @@ LAYERS = [
         "_curve",
         "_elimination",
         "_keep",
+        "_log_einsum",
         "_math",
         "energy",
     },

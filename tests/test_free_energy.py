@@ -332,6 +332,7 @@ def test_it_picks_the_exact_method_and_says_which():
         ((Linear(), COUNT, -1.0), ValueError, "beta must be positive"),
         ((Linear(), COUNT, math.nan), ValueError, "beta must be positive, got nan"),
         ((Linear(), COUNT, torch.tensor([1.0, -1.0])), ValueError, "beta must be positive"),
+        ((Linear(), COUNT, torch.tensor(math.inf)), ValueError, "finite where it is a tensor"),
         ((Linear(), COUNT, 1.0, "exact"), ValueError, "method must be a method of pyro_ebm"),
         ((Linear(), COUNT, math.inf, Exact()), ValueError, "options of minimize"),
     ],
@@ -348,6 +349,13 @@ def test_bad_energies_are_named():
         ebm.FreeEnergy(lambda x, k: (x * k).sum(), COUNT)(torch.zeros(3))
     with pytest.raises(ValueError, match="beta must be finite for a posterior"):
         ebm.FreeEnergy(Components(), COUNT, math.inf).posterior(torch.zeros(2))
+
+
+def test_an_estimate_is_as_precise_as_a_call():
+    x = torch.randn(3, 2, dtype=torch.float32)
+    E = lambda x, k: (x - 2.0 * k.unsqueeze(-1)).square().sum(-1)
+    F = ebm.FreeEnergy(E, dist.Categorical(torch.ones(3, dtype=torch.float32)), 1e-6)
+    assert torch.equal(F.estimate(x).value, F(x))
 
 
 def test_a_nan_is_not_swallowed():
@@ -431,6 +439,121 @@ def test_inner_plates_are_summed_into_their_data_point():
     joint = torch.tensor(WEIGHTS).log()[:, None] + normal.log_prob(x).sum(-1)
     F = ebm.FreeEnergy.from_model(model)
     torch.testing.assert_close(F(x), -joint.logsumexp(0), **EXACT)
+
+
+# Factors that contradict each other by more nats than exponentials of a type have room for.
+def at_odds(x, y):
+    with pyro.plate("n", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.25))
+        pyro.sample("x", dist.Normal(k * 60.0, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(k * 60.0, 1.0), obs=y)
+
+
+def at_odds_by_hand(x, y, beta=1.0):
+    k = torch.tensor([0.0, 1.0])[:, None]
+    prior = torch.tensor([0.75, 0.25]).log()[:, None]
+    joint = prior + dist.Normal(k * 60.0, 1.0).log_prob(x) + dist.Normal(k * 60.0, 1.0).log_prob(y)
+    return -(beta * joint).logsumexp(0) / beta
+
+
+def test_contradicting_observations_do_not_underflow():
+    x = torch.tensor([0.0, 1.0, 60.0])
+    y = torch.tensor([60.1, 59.0, 59.0], requires_grad=True)
+    got, want = ebm.FreeEnergy.from_model(at_odds)(x, y), at_odds_by_hand(x, y)
+    torch.testing.assert_close(got, want, **EXACT)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), y)[0] for v in (got, want)), **EXACT)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e4, 1e8])
+def test_a_model_has_a_free_energy_at_any_beta(beta):
+    x, y = torch.randn(4), torch.randn(4) + 60.0
+    value = ebm.FreeEnergy.from_model(at_odds, beta=beta)(x, y)
+    # At 1e-6 both lose digits to log(2) / beta.
+    torch.testing.assert_close(value, at_odds_by_hand(x, y, beta), rtol=1e-9, atol=1e-8)
+
+
+def test_pyros_own_contraction_of_contradicting_observations_is_seen(monkeypatch):
+    monkeypatch.setattr("pyro_ebm._model_energy._Ring._backend", "pyro.ops.einsum.torch_log")
+    x, y = torch.zeros(1), torch.full((1,), 60.0)
+    assert ebm.FreeEnergy.from_model(at_odds)(x, y).isinf().all()
+
+
+def test_a_model_without_plates_is_one_data_point():
+    def model(x):
+        k = pyro.sample("k", dist.Categorical(torch.tensor(WEIGHTS)))
+        pyro.sample("x", dist.Normal(k * 1.0, 1.0), obs=x)
+
+    x = torch.tensor(1.8)
+    joint = torch.tensor(WEIGHTS).log() + dist.Normal(torch.arange(3.0), 1.0).log_prob(x)
+    F = ebm.FreeEnergy.from_model(model)
+    torch.testing.assert_close(F(x), -joint.logsumexp(0), **EXACT)
+    torch.testing.assert_close(F.posterior(x)["k"].probs, joint.softmax(0), **EXACT)
+    assert F.minimum(x).x["k"] == joint.argmax()
+
+
+def test_the_minimum_keeps_latents_of_inner_plates_apart():
+    def model(x):
+        with pyro.plate("n", x.shape[0], dim=-2):
+            k = pyro.sample("k", dist.Categorical(torch.tensor(WEIGHTS)))
+            with pyro.plate("d", x.shape[1], dim=-1):
+                j = pyro.sample("j", dist.Bernoulli(0.3))
+                pyro.sample("x", dist.Normal(k + 2.0 * j, 1.0), obs=x)
+
+    x = 2 * torch.randn(3, 4)
+    k, j = torch.arange(3.0)[:, None, None], torch.arange(2.0)[:, None, None, None]
+    inner = dist.Bernoulli(0.3).log_prob(j) + dist.Normal(k + 2.0 * j, 1.0).log_prob(x)
+    joint = torch.tensor(WEIGHTS).log()[:, None] + inner.amax(0).sum(-1)
+    found = ebm.FreeEnergy.from_model(model).minimum(x)
+    torch.testing.assert_close(found.energy, -joint.amax(0), **EXACT)
+    assert torch.equal(found.x["k"], joint.argmax(0))
+    best = inner.argmax(0)[found.x["k"], torch.arange(3)]
+    assert torch.equal(found.x["j"], best.to(found.x["j"]))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0, math.inf])
+def test_what_is_masked_out_does_not_count(beta):
+    lengths = torch.tensor([4, 2, 1])
+
+    def model(y, lengths):
+        with pyro.plate("n", len(y)):
+            z = 0
+            for t in pyro.markov(range(y.shape[1])):
+                with pyro.poutine.mask(mask=t < lengths):
+                    move = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+                    z = pyro.sample(f"z{t}", dist.Categorical(move[z]))
+                    pyro.sample(f"y{t}", dist.Normal(z * 1.0, 1.0), obs=y[:, t])
+
+    y = torch.randn(3, 4)
+    got = ebm.FreeEnergy.from_model(model, beta=beta)(y, lengths)
+    F = ebm.FreeEnergy.from_model(hidden_markov, beta=beta)
+    alone = [F(row[None, : int(num)]) for row, num in zip(y, lengths, strict=True)]
+    torch.testing.assert_close(got, torch.cat(alone), **EXACT)
+
+
+def test_a_scale_that_is_not_shared_is_refused():
+    def model(x):
+        with pyro.plate("n", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            with pyro.poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="sites must share one scale, got"):
+        ebm.FreeEnergy.from_model(model)(torch.zeros(2))
+    with pyro.poutine.scale(scale=2.0):  # a data point counts once
+        value = ebm.FreeEnergy.from_model(mixture)(torch.zeros(2))
+    torch.testing.assert_close(value, ebm.FreeEnergy.from_model(mixture)(torch.zeros(2)), **EXACT)
+
+
+def test_a_vector_latent_has_no_minimum_and_says_so():
+    def model(x):
+        with pyro.plate("n", len(x)):
+            k = pyro.sample("k", dist.OneHotCategorical(torch.tensor(WEIGHTS)))
+            pyro.sample("x", dist.Normal((k * torch.tensor([-1.0, 0.0, 2.0])).sum(-1), 1.0), obs=x)
+
+    F, same = (ebm.FreeEnergy.from_model(m) for m in (model, mixture))
+    torch.testing.assert_close(F(torch.ones(2)), same(torch.ones(2)), **EXACT)
+    with pytest.raises(NotImplementedError, match=r"scalars, got the vectors \['k'\]"):
+        F.minimum(torch.ones(2))
 
 
 def test_a_model_that_cannot_be_summed_says_why():
