@@ -322,8 +322,9 @@ def couplings(x):
     return -0.4 * (x * x.roll(1, -1)).sum(-1) + 0.3 * x.sum(-1)
 
 
-def test_gibbs_sampling_is_tempered_too(device):
-    values = torch.tensor([-1.0, 0.0, 2.0], device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long])
+def test_gibbs_sampling_is_tempered_too(dtype, device):
+    values = torch.tensor([-1, 0, 2], dtype=dtype, device=device)
     kernel = tempered(lambda u: gibbs(u, values, num_chain_dims=2), couplings, BETAS.to(device))
     state = kernel.init(values[torch.randint(3, (8_000, 4), device=device)])
     for _ in range(15):

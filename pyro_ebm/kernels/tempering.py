@@ -133,11 +133,11 @@ def tempered(
     def inner(num_chain_dims: int) -> Kernel:
         """Make the inner kernel; its potential takes further batch dimensions on the left."""
         ladder = betas.reshape(-1, *[1] * num_chain_dims)
-        return make(lambda x: whole(x, ladder.to(x)))
+        return make(lambda x: whole(x, _cast(ladder, x)))
 
     def init(position: Tensor) -> TemperedState:
         with torch.no_grad():
-            like = whole(position, betas[-1].to(position))
+            like = whole(position, _cast(betas[-1], position))
         state = inner(like.dim()).init(position.expand(len(betas), *position.shape).clone())
         replica = torch.arange(len(betas), device=like.device)
         replica = expand_like(replica, state.energy).expand(state.energy.shape).clone()
@@ -200,6 +200,11 @@ def _check_betas(betas: Tensor) -> None:
 def _ladder(betas: Tensor, like: Tensor, num_chain_dims: int) -> Tensor:
     """Return the inverse temperatures with a dimension for each of the chains'."""
     return betas.to(like).reshape(-1, *[1] * num_chain_dims)
+
+
+def _cast(betas: Tensor, x: Tensor) -> Tensor:
+    """Give inverse temperatures the type of points, unless those are whole numbers."""
+    return betas.to(x) if x.is_floating_point() else betas.to(x.device)
 
 
 def _swaps(ladder: Tensor, part: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
