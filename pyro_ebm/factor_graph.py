@@ -27,6 +27,7 @@ from pyro_ebm._factors import Factor, Factors, Pairs, clamp, show
 from pyro_ebm._guard import is_tracing
 from pyro_ebm._math import Minimum
 from pyro_ebm.energy import differentiable
+from pyro_ebm.kernels.base import check_count
 
 __all__ = ["FactorGraph"]
 
@@ -258,7 +259,8 @@ class FactorGraph(nn.Module):
             ValueError: If there are fewer assignments that are not forbidden.
         """
         total = math.prod(self.cardinalities.values())
-        if not 1 <= k <= total:
+        check_count("k", k, 1)
+        if k > total:
             raise ValueError(f"k must be in 1, ..., {total}, the number of assignments, got {k}")
         trace: list[Tensor] = []
         plan = self._plan(lists=k * k)
@@ -343,14 +345,15 @@ class FactorGraph(nn.Module):
             Values ``(n, *graphs)`` by name.
 
         Raises:
-            ValueError: As :meth:`log_partition`.
+            ValueError: As :meth:`log_partition`, or if ``n`` is no whole number of at least 0.
         """
+        check_count("n", n, 0)
         trace: list[Tensor] = []
         plan = self._plan()
         inputs, batch = self._inputs(plan, beta)
         _check_possible(contract(plan, inputs, LogSumExp(), record(trace)))
         values = backtrack(plan, trace, _draw, n)
-        return self._named(values.reshape(-1, n, *batch))
+        return self._named(values.reshape(len(values), n, *batch))
 
     # Helpers --------------------------------------------------------------------------------
 

@@ -256,6 +256,13 @@ def test_each_graph_of_a_batch_has_its_own_draws():
         assert law.p_value({n: v[:, i, j] for n, v in draws.items()}) > FALSE_ALARM
 
 
+def test_no_draws_may_be_asked_for():
+    g = ebm.FactorGraph({("a", "b"): torch.randn(4, 2, 3)}, {"a": 2, "b": 3})
+    assert g.sample(0)["b"].shape == (0, 4)
+    with pytest.raises(ValueError, match="n must be a whole number of at least 0, got -1"):
+        g.sample(-1)
+
+
 def test_draws_repeat_with_the_seed():
     g = GRAPHS["grid"]()
     first, second = (pyro.set_rng_seed(3) or g.to_tensor(g.sample(50)) for _ in range(2))

@@ -551,6 +551,13 @@ def test_discrete_y_is_searched_for_each_x(method):
     assert m.converged.shape == (6,)
 
 
+@pytest.mark.parametrize("method", ["enumerate", "icm", "annealed"])
+def test_a_single_number_is_searched(method):
+    start = ebm.Flat((), constraints.integer_interval(1, 4))
+    m = minimize(lambda x: (x - 2.6) ** 2, start, method=method)
+    assert (m.x, m.x.shape) == (3, ())
+
+
 def test_starts_times_batch():
     x = torch.tensor([[1.0], [-1.0]])
     energy = ebm.Given(lambda x, y: double_well(y) - 0.3 * (x * y).sum(-1), x, ...)

@@ -45,10 +45,10 @@ class Code(NamedTuple):
 
     def decode(self, state: Tensor, like: Tensor) -> Tensor:
         """Turn whole numbers into points of the type of ``like``."""
-        rows = state.shape[:-1]
+        shape = state.shape[:-1] + self.event_shape
         if self.values is None:
-            return one_hot(state, self.num_values).to(like).reshape(*rows, *self.event_shape)
-        return self.values[state].reshape(*rows, *self.event_shape)
+            return one_hot(state, self.num_values).to(like).reshape(shape)
+        return self.values[state].reshape(shape)
 
 
 def enumerate_states(
