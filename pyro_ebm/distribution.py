@@ -125,6 +125,7 @@ class GibbsBoltzmann(TorchDistribution):
         beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
         batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, self._energy_batch))
         self.base = base if base.batch_shape == batch else base.expand(batch)
+        self._own_base = base  # of its own batch, for draws that all elements share
         self._measure = unvalidated(self.base)
         super().__init__(batch, base.event_shape, validate_args=validate_args)
         self._enumerated = enumerated_dims(batch)
@@ -146,6 +147,7 @@ class GibbsBoltzmann(TorchDistribution):
         beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
         batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, batch))
         new.base = base if base.batch_shape == batch else base.expand(batch)
+        new._own_base = base
         new._measure = unvalidated(new.base)
         super(GibbsBoltzmann, new).__init__(batch, base.event_shape, validate_args=False)
         return new
@@ -237,7 +239,7 @@ class GibbsBoltzmann(TorchDistribution):
         """Return the distribution with another batch shape; log Z is still computed once."""
         new = self._get_checked_instance(GibbsBoltzmann, _instance)
         shared = ("energy", "beta", "sampler", "log_partition", "_binding", "_enumerated")
-        for name in (*shared, "_energy_batch"):
+        for name in (*shared, "_energy_batch", "_own_base"):
             setattr(new, name, getattr(self, name))
         new._origin = self._origin or self
         new.base = self.base.expand(torch.Size(batch_shape))

@@ -27,7 +27,7 @@ LAYERS = [
     {"_known", "_short_run"},
     {"_descent", "distribution"},
     {"_audit", "_engine", "_mode", "_model_energy", "_potential", "adaptation", "factor_graph"},
-    {"_path", "_search"},
+    {"_guide", "_path", "_search"},
     {"_auxiliary", "_climb", "_ladder", "_replicas", "_rungs", "_starts", "minimize", "zoo"},
     {"partition"},
     {"free_energy"},

@@ -30,6 +30,7 @@ from pyro_ebm.partition import (
     Laplace,
     Quadrature,
     Variational,
+    importance,
 )
 from tests.common import EXACT, FAR, NUMERIC, standard_errors
 
@@ -160,18 +161,14 @@ def test_tempering_comes_before_the_sum():
 # Methods with errors --------------------------------------------------------------------------
 
 
-def test_importance_reports_its_error_and_is_smooth_on_request():
+def test_importance_reports_its_error():
     E, x = Linear(), torch.linspace(-2.0, 2.0, 5)
     noisy = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, Importance(num_particles=4000))
     value, std_error, ess, bound = noisy.estimate(x)
     assert ((value - E.by_hand(x, 2.0)).abs() < FAR * std_error).all()
     assert ((ess > 100) & (ess < 4000)).all()
-    assert bound is None
+    assert bound == "upper"
     assert not torch.equal(noisy(x), noisy(x))
-    method = Importance(num_particles=4000, common_random_numbers=True)
-    smooth = ebm.FreeEnergy(E, dist.Normal(0.0, 1.0), 2.0, method)
-    assert torch.equal(smooth(x), smooth(x))
-    torch.autograd.gradcheck(smooth, [x.clone().requires_grad_()])
 
 
 def amortised(x):
@@ -184,6 +181,7 @@ def amortised(x):
 ESTIMATED = {
     "laplace": Laplace,
     "importance": lambda: Importance(num_particles=4000),
+    "importance by a guide": lambda: Importance(amortised, 1000),
     "annealed": lambda: Annealed(num_particles=256, num_steps=30),
     "annealed, reverse": lambda: Annealed(num_particles=256, num_steps=30, reverse=True),
     "smc": lambda: SMC(num_particles=512),
@@ -206,6 +204,79 @@ def test_a_method_is_within_its_own_error(make):
     exact = torch.isclose(value, truth, rtol=1e-8)
     assert not (too_low & ~exact).any()
     assert bound == "upper" if isinstance(F.method, Variational) else not (too_high & ~exact).any()
+
+
+SHARED = {  # draws that all points have in common: one function of x, whatever the batch
+    "importance": lambda **kw: Importance(num_particles=1000, **kw),
+    "importance by a distribution": lambda **kw: Importance(dist.Normal(0.0, 2.0), 1000, **kw),
+    "variational": lambda **kw: Variational(dist.Normal(0.0, 0.8), 8, num_draws=128, **kw),
+}
+APART = {  # draws of each element: a function for each shape of batch
+    "importance by a guide": lambda **kw: Importance(amortised, 1000, **kw),
+    "variational by a guide": lambda **kw: Variational(amortised, 8, num_draws=128, **kw),
+    "annealed": lambda **kw: Annealed(None, 500, 20, **kw),
+}
+COMMON = {**SHARED, **APART}
+
+
+def smooth(make):
+    method = make(common_random_numbers=True)
+    return ebm.FreeEnergy(Linear(), dist.Normal(0.0, 1.0), 2.0, method)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_common_random_numbers_make_a_function_of_points(name):
+    F, x = smooth(COMMON[name]), torch.linspace(-1.0, 1.0, 5)
+    parts = [x, x[:3], x[3], x[:, None], x]
+    values = [F(part) for part in parts]
+    assert [v.shape for v in values] == [p.shape for p in parts]
+    assert torch.equal(values[0], values[-1])
+    assert torch.equal(values[1], F(x[:3]))
+    for part, value in zip(parts, values, strict=True):
+        if name in SHARED:
+            whole = F(x)[torch.searchsorted(x, part)]
+            torch.testing.assert_close(value, whole, **EXACT)
+        elif name != "variational by a guide":  # which is a bound
+            truth, error = F.energy.by_hand(part, 2.0), F.estimate(part).std_error
+            assert ((value - truth).abs() < FAR * error).all()
+
+
+@pytest.mark.parametrize("make", COMMON.values(), ids=COMMON)
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_common_random_numbers_make_it_smooth(make, shape):
+    F, x = smooth(make), torch.linspace(-1.0, 1.0, 3).expand(3)
+    x = x[0] if shape == () else x
+    torch.autograd.gradcheck(F, [x.clone().requires_grad_()])
+
+
+def test_a_gradient_that_leaves_the_draws_out_is_seen(monkeypatch):
+    """The planted fault of the test above."""
+    monkeypatch.setattr(importance, "learns", lambda x: False)
+    F = smooth(APART["importance by a guide"])
+    x = torch.linspace(-1.0, 1.0, 3).requires_grad_()
+    assert not torch.autograd.gradcheck(F, [x], raise_exception=False)
+
+
+def test_what_cannot_be_one_function_of_points_is_refused():
+    def jumps(x):
+        pyro.sample("x", dist.Bernoulli(logits=x))
+
+    latent = ebm.Flat((), constraints.boolean)
+    E = lambda x, z: (x - z).square()
+    for make in (Importance, Variational):
+        guided = ebm.FreeEnergy(E, latent, method=make(jumps, 64, common_random_numbers=True))
+        with pytest.raises(ValueError, match=r"needs reparametrised draws .* \['x'\] would jump"):
+            guided(torch.zeros(3))
+        fresh = ebm.FreeEnergy(E, latent, method=make(jumps, 64))
+        assert fresh(torch.zeros(3)).shape == (3,)
+        five = ebm.FreeEnergy(E, latent, method=make(dist.Bernoulli(torch.full((5,), 0.4)), 64))
+        assert five(torch.zeros(5)).shape == (5,)
+        with pytest.raises(ValueError, match=r"broadcasts to \(3,\), got \(\) and \(5,\)"):
+            five(torch.zeros(3))
+    F = smooth(APART["annealed"])
+    F(torch.zeros(()))
+    with pytest.raises(ebm.UnnormalizedError, match="no longer stand for the distribution"):
+        F(torch.tensor([0.0, 40.0]))
 
 
 def test_bounds_are_turned_round():

@@ -86,12 +86,12 @@ def test_a_guide_that_is_exact_has_no_gap_and_no_error(device):
 
 def test_the_density_of_the_guide_left_out_is_seen(monkeypatch):
     """The planted fault of the tests above."""
-    right = variational._points
+    right = variational.points_of
 
-    def without(d, draws, log_num=0.0):
-        return right(d, draws._replace(log_q=torch.zeros_like(draws.log_q)), log_num)
+    def without(d, draws):
+        return right(d, draws._replace(log_q=torch.zeros_like(draws.log_q)))
 
-    monkeypatch.setattr(variational, "_points", without)
+    monkeypatch.setattr(variational, "points_of", without)
     value, std_error, _ = log_partition(
         normal(), Variational(dist.Normal(0.6, 1.1), num_draws=999)
     )

@@ -75,11 +75,12 @@ class Annealed:
             reverse runs start, each at another; by default draws of :meth:`GibbsBoltzmann.sample`:
             exact where the support is small and finite or there is a ``sampler``, else ends of
             short chains from the base.
-        common_random_numbers: Whether particles are made once, at the first evaluation, and
-            reweighted at other parameters: log Z is then a smooth function, as HMC and NUTS
-            need. Where too few particles are left to stand for it, that is refused. Evaluate
-            once near the middle of the posterior first, and remember that a likelihood of N
-            data has N times the error of log Z.
+        common_random_numbers: Whether particles are made once, at the first evaluation of each
+            shape of batch, and reweighted at other parameters: log Z is then a smooth function
+            for that shape, as HMC and NUTS need. Particles of one element serve all shapes that
+            come later. Where too few particles are left to stand for it, that is refused.
+            Evaluate once near the middle of the posterior first, and remember that a likelihood
+            of N data has N times the error of log Z.
 
     Raises:
         ValueError: If an argument is out of its range; when used, if there is no proposal and
@@ -122,7 +123,7 @@ class Annealed:
         self.reverse, self.proposal, self.start = reverse, proposal, start
         self.common_random_numbers = common_random_numbers
         self.cost, self.accept_rate = Cost(0, 0), math.nan
-        self._kept: Kept | None = None
+        self._kept: list[Kept] = []
 
     @property
     def bound(self) -> str:
@@ -261,14 +262,16 @@ class Annealed:
         return estimate, Weighted(x, log_weight)
 
     def _keep(self, d: GibbsBoltzmann) -> Kept:
-        """Return the particles in common, made now if there are none that fit."""
-        if self._kept is None or not _fits(self._kept, d):
+        """Return the first particles in common that fit, made now if there are none."""
+        kept = next((kept for kept in self._kept if _fits(kept, d)), None)
+        if kept is None:
             with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
                 path, ladder = self._pilot(d)
                 particles = self._forward(path, ladder)[1]
                 self._finish(path)
-                self._kept = Kept(*particles, d.potential(particles.x))
-        x, log_weight, potential = self._kept
+                kept = Kept(*particles, d.potential(particles.x))
+            self._kept.append(kept)
+        x, log_weight, potential = kept
         ones = [1] * (len(d.batch_shape) + 1 - log_weight.dim())
         wide = (a.reshape(len(a), *ones, *a.shape[1:]) for a in (x, log_weight, potential))
         return Kept(*wide)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
+from pyro_ebm._guide import Draws
 from pyro_ebm._math import systematic as systematic
 from pyro_ebm.distribution import GibbsBoltzmann
 
@@ -57,9 +56,9 @@ class Method(Protocol):
 
     ``value`` is ``"exact"``, ``"estimated"``, ``"bound"`` or ``"none"``; ``gradient`` is
     ``"exact"`` or ``"estimated"``. Engines that need what a method lacks are refused. A method
-    whose value is one has the ``bound``, ``"lower"`` or ``"upper"``. Methods that have them give
-    ``points(d)``, :class:`Points`, and ``weighted(d)``, :class:`Weighted`; one that is
-    ``tabular`` computes all it gives from its points.
+    whose value is one, or an estimate that is one on average, has the ``bound``, ``"lower"`` or
+    ``"upper"``. Methods that have them give ``points(d)``, :class:`Points`, and ``weighted(d)``,
+    :class:`Weighted`; one that is ``tabular`` computes all it gives from its points.
     """
 
     @property
@@ -121,6 +120,22 @@ def from_weights(log_weights: Tensor) -> LogPartition:
     return LogPartition(value, std_error, ess)
 
 
+def points_of(d: GibbsBoltzmann, draws: Draws) -> Points:
+    """Weigh draws by the base over their density."""
+    log_measure = d._measure.log_prob(draws.x) - draws.log_q - math.log(len(draws.x))
+    inside = d.support.check(draws.x.detach())
+    return Points(draws.x, torch.where(inside, log_measure, -torch.inf))
+
+
+def learns(x: Tensor | None) -> bool:
+    """Whether log Z, asked for with the points ``x`` that are scored, is to train its guide.
+
+    A log-density has minus log Z: what raises it would push a lower bound down, away from log Z.
+    MCMC trains nothing, and needs the derivative of the value in all that it depends on.
+    """
+    return x is None or engine() == "mcmc"
+
+
 def weigh(d: GibbsBoltzmann, points: Points) -> Weighted:
     r"""Weigh the points of a measure by :math:`\exp(-\beta E)`, differentiably."""
     energy, log_measure = torch.broadcast_tensors(d._energy_at(points.x), points.log_measure)
@@ -145,20 +160,6 @@ def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:
     detached = value.detach()
     std_error = torch.zeros_like(detached) if error is None else error
     return LogPartition(value, std_error, torch.full_like(detached, torch.inf))
-
-
-@contextlib.contextmanager
-def random_numbers(method: Any, d: GibbsBoltzmann) -> Iterator[None]:
-    """Draw the same numbers every time inside, where a method has ``common_random_numbers``."""
-    if not method.common_random_numbers:
-        yield
-        return
-    if method._seed is None:
-        method._seed = int(torch.randint(1 << 62, ()))
-    device = d.floating().device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(method._seed)
-        yield
 
 
 def warn_low_ess(ess: Tensor, what: str) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.distribution import Flat, GibbsBoltzmann
+from pyro_ebm._guide import Proposal
+from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.partition.base import (
     LogPartition,
     Points,
     Weighted,
     from_weights,
+    learns,
     needs_value,
-    random_numbers,
+    points_of,
     warn_low_ess,
     weigh,
 )
@@ -27,19 +29,28 @@ class Importance:
     .. math:: Z \approx \frac{1}{n} \sum_i \frac{b(x_i) \exp(-\beta E(x_i))}{q(x_i)} ,
         \quad x_i \sim q
 
-    Value and gradient are estimated. Where the effective sample size falls below ten a warning
-    says that the estimate cannot be trusted. The proposal must cover the distribution: an
-    estimate from a proposal with lighter tails is too small and does not show it.
+    The estimate of Z is unbiased, so that of log Z a lower bound on average; :meth:`gap` says how
+    far below. Where the effective sample size falls below ten a warning says that it cannot be
+    trusted. The proposal must cover the distribution: an estimate from a proposal with lighter
+    tails is too small and does not show it.
+
+    A guide draws the site ``site`` as for :class:`~pyro_ebm.partition.Variational`, which trains
+    it; here it only serves.
 
     Args:
-        proposal: The proposal :math:`q`, a normalised distribution; the base if None.
+        proposal: The proposal :math:`q`: a normalised distribution, or a Pyro guide, called with
+            the given parts of the energy; the base if None.
         num_particles: The number of particles :math:`n`.
-        common_random_numbers: Whether every evaluation draws the same particles, so that log Z
-            is a smooth function of the parameters. HMC and NUTS need this.
+        site: The name of the guide's site.
+        common_random_numbers: Whether every evaluation draws the same numbers, so that log Z is a
+            smooth function of the parameters, as HMC and NUTS need; its gradient then goes through
+            the draws. A proposal that draws for each batch element apart, by reparametrised
+            draws if it is a guide, has a function for each shape of batch.
 
     Raises:
-        ValueError: If ``num_particles`` is less than two; when used, if there is no proposal and
-            the base has an infinite volume.
+        TypeError: If the proposal is neither a distribution nor a guide.
+        ValueError: If ``num_particles`` is less than two; when used, if the proposal does not
+            fit, or there is none and the base has an infinite volume.
 
     References:
         | Monte Carlo theory, methods and examples, chapter 9 (Owen, 2013)
@@ -54,6 +65,7 @@ class Importance:
     """
 
     value = "estimated"
+    bound = "lower"
     gradient = "estimated"
 
     def __init__(
@@ -61,44 +73,14 @@ class Importance:
         proposal: Any = None,
         num_particles: int = 1024,
         *,
+        site: str = "x",
         common_random_numbers: bool = False,
     ) -> None:
         if num_particles < 2:
             raise ValueError(f"num_particles must be at least 2, got {num_particles}")
         self.proposal, self.num_particles = proposal, num_particles
-        self.common_random_numbers = common_random_numbers
-        self._seed: int | None = None
-
-    def _draw(self, d: GibbsBoltzmann) -> Tensor:
-        proposal = d.base if self.proposal is None else self.proposal
-        with random_numbers(self, d):
-            return proposal.sample((self.num_particles,))
-
-    def points(self, d: GibbsBoltzmann) -> Points:
-        """Return the particles, weighed by the base over the proposal."""
-        with torch.no_grad():
-            x = self._draw(d)
-            ones = len(d.batch_shape) - (x.dim() - 1 - d.event_dim)
-            x = x.reshape(len(x), *[1] * max(ones, 0), *x.shape[1:])
-            log_q = self._log_proposal(d, x)
-            inside = d.support.check(x)
-        log_measure = d._measure.log_prob(x) - log_q - math.log(len(x))
-        return Points(x, torch.where(inside, log_measure, -torch.inf))
-
-    def weighted(self, d: GibbsBoltzmann) -> Weighted:
-        """Return the particles with their weights."""
-        return weigh(d, self.points(d))
-
-    def _log_proposal(self, d: GibbsBoltzmann, x: Tensor) -> Tensor:
-        q = d.base if self.proposal is None else self.proposal
-        if not isinstance(q, Flat):
-            return q.log_prob(x)
-        if not math.isfinite(q.log_volume):
-            raise ValueError(
-                "proposal must be given where the base is Flat on an infinite volume, got "
-                f"{'None' if self.proposal is None else 'such a one'}"
-            )
-        return torch.full(x.shape[: x.dim() - d.event_dim], -q.log_volume).to(d.floating())
+        self.site, self.common_random_numbers = site, common_random_numbers
+        self._proposal = Proposal(proposal, site, common_random_numbers)
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return the estimate of log Z.
@@ -108,10 +90,51 @@ class Importance:
         """
         if not self.common_random_numbers:
             needs_value(self, "draws fresh particles, so that it is never the same twice")
-        return self(d).value
+        return self._estimate(d, learns(x)).value
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the estimate of log Z with its standard error and effective sample size."""
-        estimate = from_weights(self.weighted(d).log_weight + math.log(self.num_particles))
+        return self._estimate(d, True)
+
+    def _estimate(self, d: GibbsBoltzmann, through: bool) -> LogPartition:
+        # fresh draws need no gradient: that of the weights is unbiased
+        points = self._draw(d, through and self.common_random_numbers)
+        estimate = from_weights(weigh(d, points).log_weight + math.log(self.num_particles))
         warn_low_ess(estimate.ess, "Importance")
         return estimate
+
+    def _draw(self, d: GibbsBoltzmann, through: bool) -> Points:
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            draws = self._proposal.draw(d, self.num_particles)
+        return points_of(d, draws)
+
+    def points(self, d: GibbsBoltzmann) -> Points:
+        """Return the particles, weighed by the base over the proposal."""
+        return self._draw(d, False)
+
+    def weighted(self, d: GibbsBoltzmann) -> Weighted:
+        """Return the particles with their weights."""
+        return weigh(d, self.points(d))
+
+    def gap(self, d: GibbsBoltzmann) -> LogPartition:
+        r"""Return how far the estimate is below log Z on average, to the first order in 1 / n.
+
+        .. math:: \log Z - \mathbb{E} \log \hat Z
+            \approx \frac{\mathrm{var}(w)}{2 n \, \mathbb{E}(w)^2}
+
+        It is half the squared standard error, and like that too small where few particles weigh.
+
+        Args:
+            d: The distribution.
+
+        Returns:
+            The gap, its error, and the effective sample size of what it is measured with.
+        """
+        with torch.no_grad():
+            n, log_weight = self.num_particles, self.weighted(d).log_weight
+            estimate = from_weights(log_weight)
+            warn_low_ess(estimate.ess, "Importance")
+            w = n * torch.softmax(log_weight, 0)  # over their mean
+            influence = w.square() - 2 * w.square().mean(0) * w  # of each on the variance
+            error = influence.std(0) / (2 * n**1.5)
+            return LogPartition(estimate.std_error.square() / 2, error, estimate.ess)

@@ -6,39 +6,28 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ebm._binding import modules_of, referenced
+from pyro_ebm._guide import Proposal, given
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.energy import Given
 from pyro_ebm.partition.base import (
     LogPartition,
     Method,
     Points,
     Weighted,
     from_weights,
+    learns,
     needs_value,
-    random_numbers,
+    points_of,
     warn_low_ess,
     weigh,
 )
-
-
-class _Draws(NamedTuple):
-    """Draws of a guide, in rows, and their log-densities."""
-
-    x: Tensor  # shape: (n, *batch, *event), the batch perhaps of ones
-    log_q: Tensor  # shape: (n, *batch)
-    reparametrized: bool
 
 
 class Variational:
@@ -62,8 +51,10 @@ class Variational:
         num_particles: The number :math:`K`; one is the ELBO.
         num_draws: The number of draws that are averaged, each of :math:`K` particles.
         site: The name of the guide's site.
-        common_random_numbers: Whether every evaluation draws the same particles, so that the
-            bound is a smooth function of the parameters. HMC and NUTS need this.
+        common_random_numbers: Whether every evaluation draws the same numbers, so that the bound
+            is a smooth function of the parameters, as HMC and NUTS need. A guide that draws for
+            each batch element apart, by reparametrised draws, has a function for each shape of
+            batch.
 
     Raises:
         ValueError: If ``num_particles`` is less than one or ``num_draws`` less than two; when
@@ -116,32 +107,30 @@ class Variational:
             raise ValueError(f"num_draws must be at least 2, got {num_draws}")
         self.guide, self.num_particles, self.num_draws = guide, num_particles, num_draws
         self.site, self.common_random_numbers = site, common_random_numbers
-        self._seed: int | None = None
-        self._made = hasattr(guide, "log_prob")  # autoguides look at their model when first run
+        self._proposal = Proposal(guide, site, common_random_numbers)
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return the bound of log Z, differentiable in the energy and, unless scoring, the guide.
 
-        A log-density has minus log Z: what raises it would push this bound down, away from log Z,
-        so that a guide learns nothing from the points ``x`` that are scored.
+        A guide learns nothing from the points ``x`` that are scored, which would push it away.
 
         Raises:
             UnnormalizedError: If MCMC asks and the particles are not common.
         """
         if not self.common_random_numbers:
             needs_value(self, "draws fresh particles, so that it is never the same twice")
-        return self._estimate(d, x is None).value
+        return self._estimate(d, learns(x)).value
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the bound with its standard error and the particles' effective sample size."""
         return self._estimate(d, True)
 
-    def _estimate(self, d: GibbsBoltzmann, learns: bool) -> LogPartition:
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            draws = self._draw(d, self.num_draws * self.num_particles)
-        log_weight = self._weigh(d, draws).log_weight
+    def _estimate(self, d: GibbsBoltzmann, through: bool) -> LogPartition:
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            draws = self._proposal.draw(d, self.num_draws * self.num_particles)
+        log_weight = weigh(d, points_of(d, draws)).log_weight
         each = log_weight.unflatten(0, (self.num_draws, -1)).logsumexp(1)
-        each = each - math.log(self.num_particles)  # shape: (num_draws, *batch)
+        each = each + math.log(self.num_draws)  # shape: (num_draws, *batch)
         value = each.mean(0)
         if not draws.reparametrized and draws.log_q.requires_grad:
             value = value + self._score(each.detach(), draws.log_q)
@@ -153,8 +142,8 @@ class Variational:
     def points(self, d: GibbsBoltzmann) -> Points:
         """Return particles of the guide, weighed by the base over the guide."""
         with torch.no_grad():
-            draws = self._draw(d, self.num_draws * self.num_particles)
-        return _points(d, draws, math.log(len(draws.x)))
+            draws = self._proposal.draw(d, self.num_draws * self.num_particles)
+        return points_of(d, draws)
 
     def weighted(self, d: GibbsBoltzmann) -> Weighted:
         """Return particles of the guide with their weights."""
@@ -177,8 +166,8 @@ class Variational:
         with torch.no_grad():
             bound = self(d)
             if method is None:
-                draws = self._draw(d, num_particles)
-                truth = from_weights(self._weigh(d, draws).log_weight)
+                points = points_of(d, self._proposal.draw(d, num_particles))
+                truth = from_weights(weigh(d, points).log_weight + math.log(num_particles))
                 warn_low_ess(truth.ess, "particles of the guide")
             else:
                 truth = method(d)
@@ -202,15 +191,15 @@ class Variational:
         Raises:
             TypeError: If the guide is a distribution, whose parameters Pyro does not know.
         """
-        if hasattr(self.guide, "log_prob"):
+        if self._proposal.is_distribution:
             raise TypeError(
                 "guide must be a function or an autoguide for fit, got the distribution "
                 f"{type(self.guide).__name__}: minimise -log_z(d) in its parameters"
             )
         scored = copy.copy(d)
         scored.log_partition = "constant"
-        parts, named = _given(d)
-        frames = self._trace(d, None).nodes[self.site]["cond_indep_stack"]
+        parts, named = given(d)
+        frames = self._proposal.trace(d).nodes[self.site]["cond_indep_stack"]
 
         def model(*_: Any, **__: Any) -> None:
             with contextlib.ExitStack() as stack:
@@ -223,107 +212,12 @@ class Variational:
         with _frozen(d.energy):
             return torch.tensor([svi.step(*parts, **named) for _ in range(num_steps)])
 
-    def _draw(self, d: GibbsBoltzmann, num: int) -> _Draws:
-        if not hasattr(self.guide, "log_prob"):
-            return self._draw_traced(d, num)
-        through = self.guide.has_rsample
-        with random_numbers(self, d):
-            x = (self.guide.rsample if through else self.guide.sample)((num,))
-        ones = len(d.batch_shape) - (x.dim() - 1 - d.event_dim)
-        x = x.reshape(len(x), *[1] * max(ones, 0), *x.shape[1:])
-        return _Draws(x, self.guide.log_prob(x), through)
-
-    def _draw_traced(self, d: GibbsBoltzmann, num: int) -> _Draws:
-        trace = self._trace(d, num)
-        trace.compute_log_prob()
-        sites = _random_sites(trace)
-        self._check_sites(sites, d)
-        log_q = sum(site["unscaled_log_prob"] for site in sites.values())
-        through = all(site["fn"].has_rsample for site in sites.values())
-        return _Draws(sites[self.site]["value"], log_q, through)
-
-    def _trace(self, d: GibbsBoltzmann, num: int | None) -> Trace:
-        """Run the guide, ``num`` times at once, out of sight of a model that is running."""
-        parts, named = _given(d)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_apart())
-            if not self._made:
-                self.guide(*parts, **named)
-                self._made = True
-            if num is not None:
-                stack.enter_context(random_numbers(self, d))
-                dim = -len(d.batch_shape) - 1
-                stack.enter_context(pyro.plate("_particles", num, dim=dim))
-            trace = poutine.trace(self.guide).get_trace(*parts, **named)
-        for name, site in trace.nodes.items():
-            if site["type"] == "param" and _PYRO_STACK:
-                pyro.param(name)  # so that the model's optimiser hears of it
-        return trace
-
-    def _check_sites(self, sites: dict[str, Any], d: GibbsBoltzmann) -> None:
-        """Refuse a guide whose sites do not add up to a density of the one asked for."""
-        if self.site not in sites:
-            raise ValueError(f"site must be one of the guide's, {[*sites]}, got {self.site!r}")
-        auxiliary = [n for n, s in sites.items() if s["infer"].get("is_auxiliary")]
-        others = [n for n in sites if n not in auxiliary and n != self.site]
-        if others:
-            raise ValueError(
-                f"guide must draw nothing but {self.site!r} and its auxiliary sites, got {others}"
-            )
-        if not auxiliary and type(sites[self.site]["fn"]).__name__ == "Delta":
-            raise ValueError("guide must have a density, got a point (a Delta, as of AutoDelta)")
-        x = sites[self.site]["value"]
-        batch = x.shape[: x.dim() - d.event_dim]
-        bad = {n: s for n, s in sites.items() if s["unscaled_log_prob"].shape != batch}
-        if bad or len(batch) != len(d.batch_shape) + 1:
-            shapes = {n: tuple(s["unscaled_log_prob"].shape[1:]) for n, s in sites.items()}
-            raise ValueError(
-                "guide must draw batch elements on their own, of a batch shape that broadcasts to "
-                f"{tuple(d.batch_shape)}, got sites of batch shapes {shapes}"
-            )
-
-    def _weigh(self, d: GibbsBoltzmann, draws: _Draws) -> Weighted:
-        return weigh(d, _points(d, draws))
-
     def _score(self, each: Tensor, log_q: Tensor) -> Tensor:
         """Return zero with the part of the gradient that the draws do not carry."""
         n = self.num_draws
         total = log_q.unflatten(0, (n, -1)).sum(1)
         others = (each.sum(0) - each) / (n - 1)  # a baseline that is independent of the draw
         return ((each - others) * (total - total.detach())).mean(0)
-
-
-def _points(d: GibbsBoltzmann, draws: _Draws, log_num: float = 0.0) -> Points:
-    log_measure = d._measure.log_prob(draws.x) - draws.log_q - log_num
-    inside = d.support.check(draws.x.detach())
-    return Points(draws.x, torch.where(inside, log_measure, -torch.inf))
-
-
-def _random_sites(trace: Trace) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
-
-
-def _given(d: GibbsBoltzmann) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the given parts of an energy, with which a guide is called."""
-    if not isinstance(d.energy, Given):
-        return (), {}
-    return tuple(part for part in d.energy.given if part is not ...), d.energy.named
-
-
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Hide the handlers and plates of a model that is running from what runs inside."""
-    handlers, dims = [*_PYRO_STACK], [*_DIM_ALLOCATOR._stack]
-    _PYRO_STACK.clear()
-    _DIM_ALLOCATOR._stack.clear()
-    try:
-        yield
-    finally:
-        _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = handlers, dims
 
 
 @contextlib.contextmanager
