@@ -177,6 +177,17 @@ def test_relations_between_particles_count_where_a_method_reports_them():
     assert 0.7 < z.std() < 1.4
 
 
+def test_batches_of_the_two_distributions_broadcast():
+    base = ebm.Flat((2,), constraints.boolean)
+    make = lambda beta: ebm.GibbsBoltzmann(lambda x: -x.sum(-1), base, beta)
+    q = torch.tensor([0.5, 2.0])
+    got = ebm.kl_divergence(make(1.0), make(q), Exact()).value
+    want = ebm.kl_divergence(make(torch.ones(2)), make(q), Exact()).value
+    torch.testing.assert_close(got, want, **EXACT)
+    table = ebm.kl_divergence(make(q), make(q[:, None]), Exact()).value
+    assert (table.shape, table.diagonal().abs().max() < 1e-12) == ((2, 2), True)
+
+
 def test_a_divergence_is_infinite_where_the_other_has_no_density():
     p = ebm.GibbsBoltzmann(lambda x: x**2, dist.Normal(0.0, 1.0))
     half = ebm.GibbsBoltzmann(lambda x: x, ebm.Flat((), constraints.positive))

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from pyro_ebm._bennett import error_of_mean
@@ -100,7 +101,8 @@ def kl_divergence(
         method_q: The method for log Z of ``q``; by default the same.
 
     Returns:
-        The divergence in nats, differentiable, with its standard error and effective sample size.
+        The divergence in nats, of the batch shapes of both, broadcast, differentiable, with its
+        standard error and effective sample size.
 
     Raises:
         TypeError: If the method gives no weighted points.
@@ -129,6 +131,8 @@ def kl_divergence(
             f"{q.support}"
         )
     _refuse_bounds(method, method_q)
+    batch = broadcast_shape(p.batch_shape, q.batch_shape)
+    p = p if p.batch_shape == batch else p.expand(batch)
     points, other = _points(p, method), log_partition(q, method_q or method)
     tilted = _tilt(p, points.particles)
     there = _potential(q, points.particles.x.detach())
