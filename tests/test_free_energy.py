@@ -257,6 +257,14 @@ def test_a_gradient_that_leaves_the_draws_out_is_seen(monkeypatch):
     assert not torch.autograd.gradcheck(F, [x], raise_exception=False)
 
 
+def test_particles_that_are_made_again_are_seen():
+    """The planted fault of the test of one function: to keep those of the last batch alone."""
+    F, x = smooth(APART["annealed"]), torch.linspace(-1.0, 1.0, 5)
+    first, _ = F(x), F(x[:3])
+    del F.method._kept[0]
+    assert not torch.isclose(F(x), first, **NUMERIC).any()
+
+
 def test_what_cannot_be_one_function_of_points_is_refused():
     def jumps(x):
         pyro.sample("x", dist.Bernoulli(logits=x))

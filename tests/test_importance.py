@@ -115,6 +115,14 @@ def test_mcmc_has_the_derivative_of_the_value_through_the_draws(kind):
     assert not d.log_prob(Y).requires_grad
 
 
+def test_single_precision_stays():
+    one = torch.ones((), dtype=torch.float32)
+    d = ebm.GibbsBoltzmann(lambda x: (x - 1) ** 2, ebm.Flat(dtype=torch.float32))
+    method = Importance(lambda: pyro.sample("x", dist.Normal(one, one)), 64)
+    parts = (*log_partition(d, method), *method.gap(d))
+    assert {part.dtype for part in parts} == {torch.float32}
+
+
 # The gap -----------------------------------------------------------------------------------------
 
 
