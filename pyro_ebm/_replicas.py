@@ -237,7 +237,7 @@ class _Replicas:
         # a pair is tried at every second move; of the first moves most are forgotten
         joined = torch.cat(positions[length // 2 :], 1)
         rejection = 1.0 - torch.cat(swaps, 1).nanmean(1).clamp(0.0, 1.0 - 1e-6)
-        return joined.var(1, keepdim=True, correction=0), rejection
+        return joined.to(rejection).var(1, keepdim=True, correction=0), rejection
 
     def _rescale(self, variance: Tensor) -> None:
         """Take steps in units of the spread of each component, shrunk towards the mean."""

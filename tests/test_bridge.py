@@ -394,3 +394,12 @@ def test_impossible_energies_are_named():
     with pytest.raises(NotImplementedError, match="Exact"):
         MBAR()(one_hot)
     assert Exact()(one_hot).value.isfinite()
+
+
+@pytest.mark.parametrize("base", ["whole numbers", "categories"])
+def test_levels_of_whole_numbers(base):
+    flat = ebm.Flat((2,), constraints.integer_interval(1, 4))
+    bases = {"whole numbers": flat, "categories": dist.Categorical(torch.ones(2, 4)).to_event(1)}
+    d = ebm.GibbsBoltzmann(lambda x: 0.3 * (1.0 * x - 2.0).square().sum(-1), bases[base])
+    found = MBAR(3, num_samples=100, warmup=50)(d)
+    assert abs(found.value - Exact()(d).value) < FAR * found.std_error

@@ -212,7 +212,7 @@ class Table:
                 "own parameter, got one that does; its log Z is no function of one number"
             )
         with torch.no_grad(), quiet():
-            own = self._known()(theta.detach().to(x), x.expand(value.shape + d.event_shape))
+            own = self._known()(theta.detach().to(value), x.expand(value.shape + d.event_shape))
         inside = ((theta >= self.low) & (theta <= self.high)).expand(value.shape)
         close = torch.isclose(own, value.detach(), rtol=1e-3, atol=1e-3)
         if not bool((close | ~inside).all()):
@@ -321,11 +321,23 @@ class Table:
         self._x = rungs.x
         if rungs.value is not None:
             slope = scale.derivatives(nodes)[0] * rungs.slope
-            return Curve(scale, nodes, rungs.value, slope, torch.zeros_like(nodes))
+            curve = Curve(scale, nodes, rungs.value, slope, torch.zeros_like(nodes))
+            return curve._replace(std_error=self._missed(curve))
         curve = integrate(scale, nodes, rungs.chains, rungs.curvature)
         known, error = self._anchor(like)
         std_error = (curve.std_error.square() + error.square()).sqrt()
         return curve._replace(value=curve.value + known, std_error=std_error)
+
+    def _missed(self, curve: Curve) -> Tensor:
+        """Return how far a curve through exact values is off halfway to the next nodes."""
+        fine = curve.scale.nodes(self.low, self.high, 2 * self.num_points - 1, curve.nodes)
+        gap = (curve(fine[1::2]) - self._exact(fine[1::2])).abs()
+        return torch.maximum(torch.cat([gap[:1], gap]), torch.cat([gap, gap[-1:]]))
+
+    def _exact(self, theta: Tensor) -> Tensor:
+        value = enumerate_rungs(self._known(), theta).value
+        assert value is not None
+        return value
 
     def _anchor(self, like: GibbsBoltzmann) -> tuple[Tensor, Tensor]:
         """Return log Z at the first node, and its error."""
