@@ -77,7 +77,10 @@ def learn_mixture(x, energy, num_steps, floor=1e-6):
         mass = share.sum(0)
         means = (share.T @ x) / mass[:, None]
         variances = (share.T @ x.square()) / mass[:, None] - means.square() + floor
+        moved = (means - energy.means).abs().max()
         energy = Gaussians(means, variances, mass / len(x))
+        if moved < 1e-12:
+            break
     return energy
 
 
