@@ -331,6 +331,7 @@ class GibbsBoltzmann(TorchDistribution):
             The distribution; its :attr:`log_z` has the value, its error and effective sample size.
 
         Raises:
+            TypeError: If it is no method.
             UnnormalizedError: If the method gives no value.
             ValueError: If it gives a bound only, or log Z is not finite.
 
@@ -340,6 +341,8 @@ class GibbsBoltzmann(TorchDistribution):
             >>> d.log_prob(torch.tensor(0.0))                   # minus the log of sqrt(pi)
             tensor(-0.5724)
         """
+        if isinstance(method, type) or not hasattr(method, "log_z"):
+            raise TypeError(f"method must be a method of pyro_ebm.partition, got {method!r}")
         if method.value == "none":
             raise UnnormalizedError(
                 f"method must give a value of log Z, got {type(method).__name__}, which gives "

@@ -96,7 +96,7 @@ class FreeEnergy(nn.Module):
         with torch.random.fork_rng(devices=[]):
             point = latent.sample()
         self._point = point.reshape(-1, *latent.event_shape)[0]
-        self._dims: dict[int, int] = {}
+        self._batches: dict[torch.Size, torch.Size] = {}
 
     @classmethod
     def from_model(
@@ -148,14 +148,14 @@ class FreeEnergy(nn.Module):
 
     def _batch(self, parts: tuple[Tensor, ...]) -> torch.Size:
         """Return the batch of the parts, by the energy at one latent where it is not known."""
-        if len(parts) == 1 and parts[0].dim() in self._dims:
-            return parts[0].shape[: self._dims[parts[0].dim()]]
+        if len(parts) == 1 and parts[0].shape in self._batches:
+            return self._batches[parts[0].shape]
         with torch.no_grad():
             value = self.energy(*parts, self._point)
         if not isinstance(value, Tensor):
             raise TypeError(f"energy must return a tensor, got {type(value).__name__}")
         if len(parts) == 1 and value.shape == parts[0].shape[: value.dim()]:
-            self._dims[parts[0].dim()] = value.dim()
+            self._batches[parts[0].shape] = value.shape
         return value.shape
 
     def forward(self, *parts: Tensor) -> Tensor:

@@ -430,6 +430,16 @@ def test_bad_energies_are_named():
         ebm.FreeEnergy(Components(), COUNT, math.inf).posterior(torch.zeros(2))
 
 
+def test_an_energy_may_bring_a_batch_of_its_own():
+    shift = torch.randn(3)
+    E = lambda x, k: (x[..., 0] - k).square() + shift * x[..., 1]
+    F = ebm.FreeEnergy(E, COUNT)
+    for x in (torch.randn(3, 2), torch.randn(1, 2), torch.randn(2)):
+        k = torch.arange(3.0)[:, None]
+        truth = -(-(x[..., 0] - k).square() - shift * x[..., 1]).logsumexp(0)
+        torch.testing.assert_close(F(x), truth, **EXACT)
+
+
 def test_an_estimate_is_as_precise_as_a_call():
     x = torch.randn(3, 2, dtype=torch.float32)
     E = lambda x, k: (x - 2.0 * k.unsqueeze(-1)).square().sum(-1)

@@ -396,6 +396,13 @@ def test_a_learned_parameter_is_refused_under_svi():
         svi.step()
 
 
+@pytest.mark.parametrize("method", ["exact", None, Exact])
+def test_what_is_no_method_is_refused(method):
+    d = ebm.GibbsBoltzmann(lambda x: x, ebm.Flat((), constraints.boolean))
+    with pytest.raises(TypeError, match="method must be a method of pyro_ebm.partition, got"):
+        d.normalized(method)
+
+
 def test_methods_without_a_value_and_bounds_are_refused():
     d = ebm.GibbsBoltzmann(lambda x: x**2, dist.Normal(0.0, 1.0))
     with pytest.raises(ebm.UnnormalizedError, match="must give a value of log Z"):
