@@ -59,6 +59,10 @@ class Proposal:
                 f"broadcasts to {tuple(d.batch_shape)}, got {tuple(q.event_shape)} and "
                 f"{tuple(q.batch_shape)}"
             )
+        if not _is_normalized(q):
+            raise ValueError(
+                "proposal must be normalised, got a distribution without log_partition"
+            )
         with self._numbers(d):
             x = (q.rsample if q.has_rsample else q.sample)((num,))
         ones = len(d.batch_shape) - (x.dim() - 1 - d.event_dim)
@@ -124,6 +128,11 @@ class Proposal:
             )
         if not auxiliary and type(sites[self.site]["fn"]).__name__ == "Delta":
             raise ValueError("guide must have a density, got a point (a Delta, as of AutoDelta)")
+        free = [n for n, s in sites.items() if _is_flat(s["fn"]) or not _is_normalized(s["fn"])]
+        if free:
+            raise ValueError(
+                f"guide must draw from normalised distributions, got others at {free}"
+            )
         x = sites[self.site]["value"]
         batch = x.shape[: x.dim() - d.event_dim]
         alone = all(s["unscaled_log_prob"].shape == batch for s in sites.values())
@@ -159,6 +168,20 @@ def given(d: GibbsBoltzmann) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
     pairs = zip(reversed(shape), reversed(whole), strict=False)
     return len(shape) <= len(whole) and all(n in (1, m) for n, m in pairs)
+
+
+def _inside(q: Any) -> Any:
+    """Return the distribution within reinterpreted dimensions and transforms."""
+    return _inside(q.base_dist) if hasattr(q, "base_dist") else q
+
+
+def _is_normalized(q: Any) -> bool:
+    return getattr(_inside(q), "is_normalized", True)
+
+
+def _is_flat(q: Any) -> bool:
+    """Whether a distribution is flat, of a density of one, on a volume that is another."""
+    return isinstance(_inside(q), Flat) and _inside(q).log_volume != 0.0
 
 
 @contextlib.contextmanager

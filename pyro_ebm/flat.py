@@ -43,8 +43,18 @@ def values_of(support: Constraint) -> Tensor | None:
     if part is constraints.boolean:
         return torch.tensor([0.0, 1.0])
     if isinstance(part, type(constraints.integer_interval(0, 1))):
-        return torch.arange(int(part.lower_bound), int(part.upper_bound) + 1)
+        return torch.arange(_end(part.lower_bound), _end(part.upper_bound) + 1)
     return None
+
+
+def _end(bound: Any) -> int:
+    """Return an end of an interval, which may have come with the batch of its distribution."""
+    if not isinstance(bound, Tensor) or bound.numel() == 1:
+        return int(bound)
+    least, most = bound.aminmax()
+    if least != most:
+        raise ValueError(f"support must have the same ends for the whole batch, got {bound}")
+    return int(least)
 
 
 def sites_of(support: Constraint, event_shape: Sequence[int]) -> tuple[int, int] | None:

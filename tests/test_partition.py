@@ -189,6 +189,24 @@ def test_a_flat_proposal_is_uniform():
         log_partition(d, Importance(ebm.Flat((), constraints.positive)))
 
 
+def test_a_proposal_must_be_normalised():
+    d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square(), ebm.Flat())
+    q = ebm.GibbsBoltzmann(lambda x: 0.4 * x.square(), ebm.Flat())
+    with pytest.raises(ValueError, match="proposal must be normalised, got a distribution"):
+        Importance(q)(d)
+    estimate = Importance(q.normalized(Quadrature()))(d)
+    assert abs(estimate.value - 0.5 * math.log(2 * math.pi)) < 5 * estimate.std_error
+
+
+@pytest.mark.parametrize("of", ["flat", "energy"])
+def test_a_guide_must_draw_from_normalised_distributions(of):
+    flat = ebm.Flat((), constraints.interval(0.0, 2.0))
+    q = {"flat": flat, "energy": ebm.GibbsBoltzmann(lambda x: x, flat)}[of]
+    d = ebm.GibbsBoltzmann(lambda x: x, flat)
+    with pytest.raises(ValueError, match=r"guide must draw from normalised .* at \['x'\]"):
+        Importance(lambda: pyro.sample("x", q))(d)
+
+
 def test_importance_on_an_infinite_volume_needs_a_proposal():
     with pytest.raises(ValueError, match="proposal must be given"):
         log_partition(ebm.GibbsBoltzmann(lambda x: x**2, ebm.Flat()), Importance())

@@ -343,3 +343,13 @@ WRONG = {
 def test_a_wrong_argument_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_a_support_that_comes_with_a_batch_has_the_same_ends_in_all_of_it():
+    beta = torch.tensor([0.5, 2.0])
+    d = ebm.GibbsBoltzmann(lambda x: 0.3 * x, dist.Binomial(5, torch.tensor(0.4)), beta)
+    truth = 5 * (0.6 + 0.4 * (-0.3 * beta).exp()).log()
+    torch.testing.assert_close(Exact()(d).value, truth, **EXACT)
+    wide = dist.Binomial(torch.tensor([3.0, 5.0]), torch.tensor(0.4))
+    with pytest.raises(ValueError, match="support must have the same ends"):
+        Exact()(ebm.GibbsBoltzmann(lambda x: 0.3 * x, wide))
