@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,15 +14,15 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
+from pyro_ebm._free import Free
 from pyro_ebm._potential import Batched, Potential, quiet, split
-from pyro_ebm._short_run import first_step, unconstrained
+from pyro_ebm._short_run import first_step
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.flat import Flat, num_states, values_of
-from pyro_ebm.kernels import gibbs, hmc
+from pyro_ebm.kernels import hmc
 
 LEAPS = 5
 """The leapfrog steps of an inner move."""
@@ -189,22 +188,19 @@ class Exchanged:
 
     def _inner(self, name: str, node: _Node, num: int) -> Callable[[Tensor], Tensor]:
         """Make the inner kernel of a site: ``num`` moves from its data."""
-        d, data = node.d, node.value.expand(node.shape)
+        free, data = Free(node.d), node.value.expand(node.shape)
         potential = Batched(lambda z, w: self._nodes(z)[name].d.potential(w))
-        values = values_of(d.support)
-        if values is not None:
-            dims = 1 + data.dim() - d.event_dim
-            return lambda z: _sweeps(_at(potential, z, data.dim()), values, z, data, num, dims)
-        if num_states(d.support, d.event_shape) < math.inf:
-            raise NotImplementedError(
-                f"site {name!r} needs a sampler: there is no inner kernel on {d.support}"
-            )
-        transform = biject_to(d.support)
-        free = transform.inv(data)
+        start = free.encode(data)
 
         def draw(z: Tensor) -> Tensor:
-            energy = unconstrained(lambda w: potential(z, w), transform, d.event_dim)
-            return transform(_follow(energy, free.expand(len(z), *free.shape).clone(), num))
+            energy = free.pull(_at(potential, z, data.dim()))
+            position = start.expand(len(z), *start.shape).clone()
+            end = (
+                _sweeps(free, energy, position, num)
+                if free.finite
+                else _follow(energy, position, num)
+            )
+            return free.decode(end).to(data)
 
         return draw
 
@@ -311,11 +307,10 @@ def _at(potential: Callable[..., Tensor], z: Tensor, num_dims: int) -> Energy:
     return energy
 
 
-def _sweeps(
-    energy: Energy, values: Tensor, z: Tensor, data: Tensor, num: int, num_chain_dims: int
-) -> Tensor:
-    kernel = gibbs(energy, values.to(data), num_chain_dims)
-    state = kernel.init(data.expand(len(z), *data.shape).clone())
+def _sweeps(free: Free, energy: Energy, position: Tensor, num: int) -> Tensor:
+    dims = position.dim() - len(free.shape)
+    kernel = free.kernel(energy, torch.ones((1,) * dims))  # steps have no part in sweeps
+    state = kernel.init(position)
     for _ in range(num):
         state, _ = kernel.step(state)
     return state.position

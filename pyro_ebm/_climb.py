@@ -95,7 +95,7 @@ def climb(path: Path, num: int, how: Climb) -> tuple[Particles, Ladder, Tensor]:
     """
     particles = path.draw(num)
     t = torch.zeros_like(particles.offset)
-    scale = torch.ones_like(t) if path.finite else torch.ones_like(particles.z[0])
+    scale = torch.ones_like(t) if path.free.finite else torch.ones_like(particles.z[0])
     tuning, length, rates = Tuning(scale, t - 0.7), t, []
     rungs: list[tuple[Tensor, Tensor, Tuning]] = []
     while bool((t < 1).any()):
@@ -105,7 +105,7 @@ def climb(path: Path, num: int, how: Climb) -> tuple[Particles, Ladder, Tensor]:
         lost = log_conditional_ess(particles.log_weight, step)
         particles = particles._replace(log_weight=particles.log_weight + step)
         _check_progress(path, particles, (t, after), len(rungs))
-        if not path.finite:
+        if not path.free.finite:
             scale = spread(particles.z, particles.log_weight, tuning.scale)
             tuning = tuning._replace(scale=scale)
         if not rungs:
@@ -127,8 +127,9 @@ def _check_progress(path: Path, particles: Particles, t: tuple[Tensor, Tensor], 
     if (particles.log_weight == -torch.inf).all(0).any():
         path.report("annealing")
         raise ValueError(
-            f"{describe(path.d.energy)} must be finite where the proposal draws, got no finite "
-            f"energy at {len(particles.z)} points; choose a proposal that reaches the distribution"
+            f"{describe(path.d.energy)} must be finite where the proposal draws, got no point of "
+            f"the support with a finite energy in {len(particles.z)} draws; choose a proposal "
+            "that reaches the distribution"
         )
     if bool(((after <= before) & (before < 1)).any()) or num >= MAX_TEMPERATURES:
         raise UnnormalizedError(

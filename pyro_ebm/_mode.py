@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_ebm._short_run import unconstrained
+from pyro_ebm._free import Free
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, differentiable
-from pyro_ebm.flat import sites_of
 
 NUM_STARTS = 8
 
@@ -65,27 +63,18 @@ def space_of(d: GibbsBoltzmann) -> Space:
     Raises:
         ValueError: If the support is finite.
     """
-    if sites_of(d.support, d.event_shape) is not None:
+    free = Free(d)
+    if free.finite:
         raise ValueError(
             f"the support must be continuous, got the finite support {d.support}: use Exact()"
         )
-    transform = biject_to(d.support)
-    shape = torch.Size(transform.inverse_shape(d.event_shape))
 
-    def event(z: Tensor) -> Tensor:
-        return z.reshape(z.shape[:-1] + shape)
+    def of_vectors(function: Energy) -> Energy:
+        return lambda z: function(z.reshape(z.shape[:-1] + free.shape))
 
-    def log_base(x: Tensor) -> Tensor:
-        return -d._measure.log_prob(x)
-
-    potential = unconstrained(d.potential, transform, d.event_dim)
-    measure = unconstrained(log_base, transform, d.event_dim)
-    return Space(
-        lambda z: potential(event(z)),
-        lambda z: measure(event(z)),
-        lambda z: transform(event(z)),
-        shape.numel(),
-    )
+    measure = free.pull(lambda x: -d._measure.log_prob(x))
+    pulled = of_vectors(free.pull(d.potential))
+    return Space(pulled, of_vectors(measure), of_vectors(free.decode), free.shape.numel())
 
 
 def find_modes(d: GibbsBoltzmann, space: Space, num_steps: int = 100) -> Modes:
@@ -97,7 +86,7 @@ def find_modes(d: GibbsBoltzmann, space: Space, num_steps: int = 100) -> Modes:
         torch.manual_seed(0)
         # After its move to unconstrained space a draw may be infinite, where the base is wide.
         x = d.base.sample((NUM_STARTS,)).detach()
-        z = biject_to(d.support).inv(x).reshape(NUM_STARTS, *d.batch_shape, space.dim)
+        z = Free(d).encode(x).reshape(NUM_STARTS, *d.batch_shape, space.dim)
         state = _derive(space.potential, z.nan_to_num(0.0, 0.0, 0.0))
         for _ in range(num_steps):
             z = _descend(space.potential, state)

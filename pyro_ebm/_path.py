@@ -1,30 +1,22 @@
-"""Particles on the path from a proposal to a distribution, for annealed and sequential methods."""
+"""The path from a proposal to a distribution: particles that go along it, and replicas."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.distributions.transforms import Transform
 
+from pyro_ebm._free import Free, MakeKernel, inside
 from pyro_ebm._guard import UnnormalizedWarning
-from pyro_ebm._short_run import unconstrained
+from pyro_ebm._replicas import Replicas
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy, describe
-from pyro_ebm.flat import Flat, atom, values_of
-from pyro_ebm.kernels.base import Kernel, expand_like, impossible
-from pyro_ebm.kernels.discrete import gibbs
-from pyro_ebm.kernels.hmc import hmc
-
-QUARTER, MAX_STEPS = 1.4, 8  # leapfrog steps run ahead of time, so less than pi / 2
-
-MakeKernel = Callable[..., Kernel]
+from pyro_ebm.flat import Flat
+from pyro_ebm.kernels.base import expand_like, impossible
 
 
 class Cost(NamedTuple):
@@ -61,19 +53,32 @@ class Particles(NamedTuple):
     ancestor: Tensor  # shape: (n, *batch)
 
 
+class Drawn(NamedTuple):
+    """Draws along a path: ``excess`` V ``(K, T, C, *batch)`` at the levels ``betas`` ``(K,)``.
+
+    ``x`` ``(T, C, *batch, *event)`` are those of the last level.
+    """
+
+    betas: Tensor
+    excess: Tensor
+    x: Tensor
+
+
 class Path:
-    r"""The geometric path from a normalised proposal q to a Gibbs-Boltzmann distribution.
+    r"""The geometric path from a law that can be drawn, q, to a Gibbs-Boltzmann distribution.
 
     .. math:: U_t(x) = -(1 - t) \log q(x) + t \, (\beta E(x) - \log b(x))
 
-    Particles live in free coordinates: unconstrained ones with the Jacobian of the support's
-    transform, the components themselves on finite supports, and the places of the ones on
-    one-hot supports. NaN energies are counted and taken for walls.
+    Particles live in free coordinates, and ``log_mass`` is the log of the mass of q, nothing
+    unless it is flat. NaN energies are counted and taken for walls.
 
     Args:
         d: The distribution.
-        proposal: The proposal; the base if None.
+        proposal: The law q; the base if None.
         kernel: Makes a kernel of a potential, on continuous supports also of a step.
+
+    Raises:
+        ValueError: If the law is not normalised, or of another event shape.
     """
 
     def __init__(
@@ -81,12 +86,11 @@ class Path:
     ) -> None:
         q = d.base if proposal is None else proposal
         _check_proposal(d, q)
-        self.d, self._log_volume = d, q.log_volume if isinstance(q, Flat) else 0.0
+        self.d, self.free = d, Free(d, kernel)
+        self.log_mass = q.log_volume if isinstance(q, Flat) else 0.0
         self._proposal = unvalidated(q.expand(d.batch_shape))
-        self._one_hot = atom(d.support) is constraints.one_hot
-        self.finite = self._one_hot or values_of(d.support) is not None
-        self._transform = None if self.finite else _transform(d)
-        self._make: MakeKernel = kernel or (_sweeps(d) if self.finite else _trajectories)
+        # points of chains are of the support of the distribution, but for rounding
+        self._within = repr(q.support) == repr(d.support)
         self._evaluations, self._gradients = 0, 0
         self._num_nan: Any = 0
         self._num_low: Any = 0
@@ -112,103 +116,71 @@ class Path:
                 stacklevel=4,
             )
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the free coordinates of points."""
-        if self._one_hot:
-            return x.argmax(-1)
-        return x if self._transform is None else self._transform.inv(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Return the points of free coordinates."""
-        if self._one_hot:
-            return torch.nn.functional.one_hot(z, self.d.event_shape[-1]).to(self.d.floating())
-        return z if self._transform is None else self._transform(z)
+    def sample(self, shape: Sequence[int]) -> Tensor:
+        """Draw points ``(*shape, *batch, *event)`` of q, which may lie outside the support."""
+        return self._proposal.sample(torch.Size(shape))
 
     def draw(self, num: int) -> Particles:
-        """Draw particles from the proposal; those outside the support weigh nothing."""
-        x = self._proposal.sample((num,))
-        inside = self.d.support.check(x)
-        if not inside.any(0).all():
-            raise ValueError(
-                f"proposal must reach the support {self.d.support}, got {num} draws outside it"
-            )
-        first = expand_like(inside.long().argmax(0, keepdim=True), x).expand_as(x[:1])
-        x = torch.where(expand_like(inside, x), x, x.gather(0, first))
-        zero = torch.zeros(inside.shape).to(self.d.floating())
-        rows = torch.arange(num, device=x.device).reshape(-1, *[1] * (inside.dim() - 1))
-        log_weight = torch.where(inside, zero, -torch.inf)
-        return Particles(self.encode(x), log_weight, zero[0], rows.expand(inside.shape))
+        """Draw particles, whose weights have the mass of q; those outside weigh nothing."""
+        x, fine = inside(self.d.base, self.sample((num,)))
+        mass = torch.full(fine.shape, self.log_mass).to(self.d.floating())
+        rows = torch.arange(num, device=x.device).reshape(-1, *[1] * (fine.dim() - 1))
+        log_weight = torch.where(fine, mass, -torch.inf)
+        zero = torch.zeros_like(mass[0])
+        return Particles(self.free.encode(x), log_weight, zero, rows.expand(fine.shape))
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the potentials of proposal and distribution at points."""
-        start, end = self._log_volume - self._proposal.log_prob(x), self.d.potential(x)
+        """Return the potentials of q and of the distribution at points of the support."""
+        if self._within:
+            start = -self._proposal.log_prob(x)
+        else:
+            y, fine = inside(self._proposal, x)
+            start = torch.where(fine, -self._proposal.log_prob(y), torch.inf)
+        end = self.d.potential(x)
         self._evaluations += end.numel()
         self._gradients += end.numel() if x.requires_grad else 0
-        self._num_nan = self._num_nan + end.isnan().sum()
-        self._num_low = self._num_low + (end == -torch.inf).sum()
+        # trajectories that diverge end at infinity, where an energy may be anything
+        real = x.isfinite().flatten(end.dim()).all(-1) if x.dim() > end.dim() else x.isfinite()
+        self._num_nan = self._num_nan + (end.isnan() & real).sum()
+        self._num_low = self._num_low + ((end == -torch.inf) & real).sum()
         return start, torch.where(impossible(end), torch.inf, end)
 
+    def excess(self, x: Tensor) -> Tensor:
+        """Return what the potential gains from one end to the other at any points."""
+        x, fine = inside(self.d.base, x)
+        start, end = self._ends(x)
+        return torch.where(fine & (end < torch.inf), end - start, torch.inf)
+
     def tilt(self, z: Tensor) -> Tensor:
-        """Return what the potential gains from one end of the path to the other."""
-        start, end = self._ends(self.decode(z))
+        """Return the same at free coordinates, which are of the support but for rounding."""
+        start, end = self._ends(self.free.decode(z))
         return torch.where(end == torch.inf, torch.inf, end - start)
 
     def at(self, t: Tensor) -> Energy:
-        """Return the potential of the free coordinates at a temperature above 0."""
+        """Return the potential of the free coordinates at a temperature; walls are at all."""
 
         def mixed(x: Tensor) -> Tensor:
             start, end = self._ends(x)
-            return (1.0 - t) * torch.where(t < 1, start, 0.0) + t * end
+            part = (1.0 - t) * torch.where(t < 1, start, 0.0)
+            return torch.where(end == torch.inf, torch.inf, part + t * end)
 
-        if self._transform is None:
-            return lambda z: mixed(self.decode(z))
-        return unconstrained(mixed, self._transform, self.d.event_dim)
+        return self.free.pull(mixed)
 
     def move(
         self, z: Tensor, t: Tensor, tuning: Tuning, num_moves: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Move particles at a temperature; return them and the rates of acceptance."""
         potential, scale = self.at(t), tuning.scale
-        if self.finite:
-            kernel = self._make(potential)
+        step = tuning.log_step.exp().expand(z.shape[: 1 + tuning.log_step.dim()])
+        if self.free.finite:
+            kernel = self.free.kernel(potential, step)
         else:
-            step = tuning.log_step.exp().expand(z.shape[: 1 + tuning.log_step.dim()])
-            kernel = self._make(lambda y: potential(y * scale), step)
-            z = z / scale
+            kernel, z = self.free.kernel(lambda y: potential(y * scale), step), z / scale
         state, rate = kernel.init(z), torch.zeros_like(tuning.log_step)
         for _ in range(num_moves):
             state, info = kernel.step(state)
             rate = rate + info.accept_prob.mean(0) / num_moves
-        return (state.position if self.finite else state.position * scale), rate
-
-
-def _trajectories(potential: Energy, step_size: Tensor) -> Kernel:
-    """Make the kernel of continuous supports: trajectories of about a quarter of a period.
-
-    Scaled particles have a period of about 2 pi; after half of one they are back at the energy
-    that they came from.
-    """
-    num_steps = round(QUARTER / float(step_size.log().mean().exp()))
-    return hmc(potential, step_size, min(max(num_steps, 1), MAX_STEPS), step_jitter=0.3)
-
-
-def _sweeps(d: GibbsBoltzmann) -> MakeKernel:
-    """Make the kernel of finite supports: sweeps of Gibbs sampling."""
-    values = values_of(d.support)
-    if values is None:  # the places of the ones
-        values = torch.arange(d.event_shape[-1])
-    like = d.floating()
-    values = values.to(like) if values.is_floating_point() else values.to(like.device)
-    return lambda potential: gibbs(potential, values, 1 + len(d.batch_shape))
-
-
-def _transform(d: GibbsBoltzmann) -> Transform:
-    try:
-        return biject_to(d.support)
-    except NotImplementedError:
-        raise ValueError(
-            f"the support must be finite or map to the reals to anneal on it, got {d.support}"
-        ) from None
+        return (state.position if self.free.finite else state.position * scale), rate
 
 
 def _check_proposal(d: GibbsBoltzmann, q: Any) -> None:
@@ -218,11 +190,14 @@ def _check_proposal(d: GibbsBoltzmann, q: Any) -> None:
             f"{tuple(q.event_shape)}"
         )
     if isinstance(q, Flat) and not math.isfinite(q.log_volume):
+        got = "None" if q is d.base else "such a one"
         raise ValueError(
-            "proposal must be given where the base is Flat on an infinite volume, got None"
+            f"proposal must be given where the base is Flat on an infinite volume, got {got}"
         )
     if not getattr(q, "is_normalized", True):
-        raise ValueError("proposal must be normalised, got a distribution without log_partition")
+        raise ValueError(
+            "proposal (or base) must be normalised, got a GibbsBoltzmann without log_partition"
+        )
 
 
 def increment(tilt: Tensor, dt: Tensor) -> Tensor:
@@ -254,3 +229,40 @@ def anneal(
             z, accepted = path.move(z, ladder.t[there], Tuning(*(a[there] for a in ladder.tuning)))
             rate = rate + accepted / len(rungs)
     return z, log_weight, rate
+
+
+def replicate(
+    path: Path, betas: Tensor, num_chains: int, num: int, warmup: int, respace: bool = False
+) -> Drawn:
+    """Draw from all levels by replica exchange, from the first of them exactly."""
+
+    def renew(z: Tensor) -> Tensor:
+        x = path.sample(z.shape[:2])
+        return torch.where(expand_like(path.excess(x).isfinite(), z), path.free.encode(x), z)
+
+    x, levels = _starts(path, num_chains), betas.to(path.d.floating())
+    replicas = Replicas(path.free, lambda z, t: path.at(t)(z), levels, x, renew)
+    replicas.warm(warmup, respace)
+    rows, points = [], []
+    for _ in range(num):
+        replicas.step()
+        first = path.excess(path.sample((1, num_chains)))
+        rows.append(torch.cat([first, path.tilt(replicas.position[1:])]))
+        points.append(path.free.decode(replicas.position[-1]))
+    return Drawn(replicas.betas, torch.stack(rows, 1), torch.stack(points))
+
+
+def _starts(path: Path, num: int) -> Tensor:
+    """Draw points of finite energy to start from."""
+    x = path.sample((num,))
+    for _ in range(20):
+        bad = ~path.excess(x).isfinite()
+        if not bool(bad.any()):
+            return x
+        x = torch.where(expand_like(bad, x), path.sample((num,)), x)
+    path.report("MBAR")
+    raise ValueError(
+        f"{describe(path.d.energy)} must be finite at draws of the base (or proposal), got "
+        f"infinity or NaN 20 times in a row at {int(bad.sum())} of {bad.numel()} chains; pass a "
+        "proposal that covers the region of finite energy"
+    )

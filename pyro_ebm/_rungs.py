@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
+from pyro_ebm._free import Free
 from pyro_ebm._potential import Batched
-from pyro_ebm._short_run import first_step, unconstrained
+from pyro_ebm._replicas import Replicas
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.energy import Energy, differentiable
-from pyro_ebm.flat import states_of, values_of
-from pyro_ebm.kernels import Diagonal, Kernel, gibbs, hmc, tempered
-
-NUM_STEPS = 4
-"""The leapfrog steps of a move."""
-
-ACCEPT = 0.8
-"""The acceptance of moves."""
+from pyro_ebm.energy import differentiable
+from pyro_ebm.flat import states_of
 
 
 class Family:
@@ -92,12 +85,18 @@ def draw_rungs(family: Family, nodes: Tensor, start: Tensor, warmup: int, num: i
     Raises:
         ValueError: If slopes are not finite, or no start is of finite energy.
     """
-    ladders = _Ladders(family, nodes, start)
+    free, wide = Free(family.like), nodes.unsqueeze(-1)
+
+    def energy(z: Tensor, shift: Tensor) -> Tensor:  # levels are distances from the first node
+        return free.pull(lambda x: family(nodes[0] + shift, x))(z)
+
+    ladders = Replicas(free, energy, nodes - nodes[0], start)
+    _refuse_start(ladders.state.inner.energy)
     ladders.warm(warmup)
-    wide = nodes.unsqueeze(-1)
     first, second, x = [], [], start
     for _ in range(num):
-        x = ladders.step()
+        ladders.step()
+        x = free.decode(ladders.position)
         a, b = family.slopes(wide, x)
         first.append(a)
         second.append(b)
@@ -119,71 +118,10 @@ def draw_rungs(family: Family, nodes: Tensor, start: Tensor, warmup: int, num: i
     return Rungs(-u.mean(0), -mean, curvature, drift, None, middle)
 
 
-class _Ladders:
-    """Chains at all nodes; neighbours swap. Steps and scales are adapted at each node."""
-
-    def __init__(self, family: Family, nodes: Tensor, start: Tensor) -> None:
-        self.family, self.nodes = family, nodes
-        like = family.like
-        self.values = values_of(like.support)
-        self.transform: Any = None if self.values is not None else biject_to(like.support)
-        self.log_step = torch.zeros(len(nodes), 1).to(nodes)
-        self.scale: Tensor | None = None
-        z = start if self.transform is None else self.transform.inv(start)
-        self.state = self._kernel().init(z)
-        energy = self.state.inner.energy
-        if not bool(energy.isfinite().all()):
-            raise ValueError(
-                "start must have finite energies at all values of the parameter, got "
-                f"{int((~energy.isfinite()).sum())} of {energy.numel()} that are not"
-            )
-        if self.transform is not None:
-            steps = first_step(self._levels, self.state.inner)
-            self.log_step = steps.median(1, keepdim=True).values
-
-    def _path(self, z: Tensor, shift: Tensor) -> Tensor:
-        """The potential of the ladder: its temperatures are distances from the first node."""
-        theta = self.nodes[0] + shift
-        if self.transform is None:
-            return self.family(theta, z)
-        like = self.family.like
-        return unconstrained(lambda x: self.family(theta, x), self.transform, like.event_dim)(z)
-
-    def _levels(self, z: Tensor) -> Tensor:
-        return self._path(z, (self.nodes - self.nodes[0]).unsqueeze(-1))
-
-    def _kernel(self) -> Kernel:
-        def make(energy: Energy) -> Kernel:
-            if self.values is not None:
-                return gibbs(energy, self.values.to(self.nodes), 2)
-            metric = None if self.scale is None else Diagonal(self.scale)
-            step = self.log_step.exp()
-            return hmc(energy, step, NUM_STEPS, metric=metric, jitter=0.5, step_jitter=0.2)
-
-        return tempered(make, None, self.nodes - self.nodes[0], path=self._path)
-
-    def step(self) -> Tensor:
-        """Move and swap; return the points at all nodes, ``(K, C, *event)``."""
-        self.state, self.info = self._kernel().step(self.state)
-        z = self.state.inner.position
-        return z if self.transform is None else self.transform(z)
-
-    def warm(self, num: int) -> None:
-        """Let the chains spread out, and find their steps and scales."""
-        for length in (num // 4, num // 4, num - 2 * (num // 4)):
-            seen = []
-            for i in range(length):
-                self.step()
-                seen.append(self.state.inner.position)
-                accept = self.info.inner.accept_prob.mean(1, keepdim=True)
-                if self.transform is not None:
-                    self.log_step = self.log_step + (accept - ACCEPT) / (1.0 + i) ** 0.6
-            if self.transform is not None and length == num // 4 > 1:
-                self._rescale(torch.cat(seen[length // 2 :], 1))
-
-    def _rescale(self, z: Tensor) -> None:
-        """Take steps in units of the spread of each component."""
-        variance = z.var(1, keepdim=True)
-        usable = variance.isfinite() & (variance > 0)
-        self.scale = torch.where(usable, variance, 1.0)
-        self.log_step = torch.full_like(self.log_step, -0.5)
+def _refuse_start(energy: Tensor) -> None:
+    bad = ~energy.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            "start must have finite energies at all values of the parameter, got "
+            f"{int(bad.sum())} of {bad.numel()} that are not"
+        )

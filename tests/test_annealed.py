@@ -116,7 +116,7 @@ def without_jacobian(potential, transform, event_dim):
 FAULTS = {
     "weights after the move": ("pyro_ebm.partition.annealed.anneal", weighed_after, "gaussian2"),
     "swapped path": ("pyro_ebm.partition.annealed.anneal", swapped, "gaussian2"),
-    "no jacobian": ("pyro_ebm._path.unconstrained", without_jacobian, "truncated"),
+    "no jacobian": ("pyro_ebm._free.unconstrained", without_jacobian, "truncated"),
 }
 
 
@@ -293,7 +293,7 @@ def test_a_half_line_needs_a_proposal_and_points_outside_weigh_nothing():
     for proposal in (dist.Exponential(0.3), dist.Normal(0.0, 3.0)):
         estimate = Annealed(None, 2000, 20, proposal=proposal)(d)
         assert abs(estimate.value) < FAR * estimate.std_error
-    with pytest.raises(ValueError, match="must reach the support"):
+    with pytest.raises(ValueError, match="that reaches the distribution"):
         Annealed(None, 64, 20, proposal=dist.Normal(-100.0, 1.0))(d)
 
 
@@ -372,6 +372,18 @@ def test_nan_energies_are_counted_and_weigh_nothing():
     with pytest.warns(ebm.UnnormalizedWarning, match=r"was NaN at \d+ of \d+ points"):
         estimate = Annealed(None, 2000, 10)(d)
     assert abs(estimate.value - math.log(1 - math.exp(-1.0))) < FAR * estimate.std_error
+
+
+def test_energies_at_infinity_are_no_news():
+    """Where trajectories diverge."""
+    path = _path.Path(ebm.GibbsBoltzmann(lambda x: -x, dist.Normal(0.0, 1.0)))
+    u = path.at(torch.tensor(0.5))(torch.tensor([1.0, torch.inf, torch.nan]))
+    assert (u == torch.inf).tolist() == [False, True, True]
+    path.report("annealing")
+    inner = _path.Path(ebm.GibbsBoltzmann(lambda x: x * torch.nan, dist.Normal(0.0, 1.0)))
+    inner.excess(torch.tensor([1.0]))
+    with pytest.warns(ebm.UnnormalizedWarning, match="was NaN at 1 of 1 points"):
+        inner.report("annealing")
 
 
 def test_minus_infinity_is_refused():

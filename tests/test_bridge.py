@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 import pyro_ebm as ebm
 from pyro_ebm._bennett import error_of_mean, masses
 from pyro_ebm.kernels import mala
-from pyro_ebm.partition import MBAR, Bridge, Exact, Quadrature, log_partition
+from pyro_ebm.partition import MBAR, SMC, Annealed, Bridge, Exact, Quadrature, log_partition
 from tests.common import EXACT, FAR
 from tests.partition_targets import LAYERS, RBM_JOINT, TARGETS, heat_bath
 
@@ -269,6 +269,53 @@ def test_mbar_starts_from_a_proposal():
     assert (est.value - 0.5 * math.log(2 * math.pi)).abs() < FAR * est.std_error
 
 
+NARROW = {  # with log Z of exp(-x^2 / 2) on their supports
+    "half": (dist.Exponential(1.0), 0.5 * math.log(math.pi / 2)),
+    "flat": (ebm.Flat((), constraints.interval(-1.0, 1.0)), math.log(1.7112487837842973)),
+    "uniform": (dist.Uniform(-1.0, 1.0), math.log(1.7112487837842973)),
+}
+
+
+@pytest.mark.parametrize(("proposal", "part"), NARROW.values(), ids=NARROW)
+def test_the_last_level_leaves_a_proposal_that_is_too_narrow(proposal, part):
+    d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square(), ebm.Flat())
+    for method in (
+        Bridge(proposal, samples=torch.randn(4000)),
+        MBAR(4, 16, 100, proposal=proposal),
+    ):
+        est = method(d)
+        assert (est.value - 0.5 * math.log(2 * math.pi)).abs() < FAR * est.std_error
+        assert (est.value - part).abs() > 2 * FAR * est.std_error  # chains that stay within
+
+
+@pytest.mark.parametrize(("proposal", "part"), NARROW.values(), ids=NARROW)
+def test_annealing_leaves_out_what_its_proposal_has_no_density_for(proposal, part):
+    d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square(), ebm.Flat())
+    for method in (Annealed(None, 512, 32, proposal=proposal), SMC(proposal=proposal)):
+        est = method(d)
+        assert (est.value - part).abs() < FAR * est.std_error
+
+
+@pytest.mark.slow
+def test_places_of_ones_are_swept():
+    pair = torch.randn(4, 4)
+
+    def energy(x):
+        x = x.to(pair)  # Exact has whole numbers
+        return torch.einsum("...i,ij,...j", x[..., 0, :], pair, x[..., 1, :])
+
+    d = ebm.GibbsBoltzmann(energy, ebm.Flat((2, 4), constraints.one_hot), torch.ones(SEEDS))
+    method = MBAR(3, 16, 60, warmup=16)
+    est, truth = method(d), Exact()(d).value
+    z = (est.value - truth) / est.std_error
+    # Student's t with 31 degrees of freedom: P(|t| > 3) = .0053; 6 in 100 is p < 1e-4
+    assert (z.abs() > 3).sum() < 6
+    assert 0.7 < z.std() < 1.4
+    x = method.weighted(d).x
+    assert x.shape == (960, SEEDS, 2, 4)
+    assert (x.sum(-1) == 1).all()
+
+
 def test_walls_count_in_the_base():
     base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
     half = ebm.GibbsBoltzmann(lambda x: torch.where(x[..., 0] > 0, 0.0, torch.inf), base)
@@ -376,24 +423,31 @@ def test_wrong_input_is_named(name):
 
 
 def test_impossible_energies_are_named():
-    nan = ebm.GibbsBoltzmann(lambda x: torch.where(x > 2, torch.nan, x**2), dist.Normal(0.0, 1.0))
-    with pytest.raises(ValueError, match="got NaN or -inf at"):
-        Bridge(samples=torch.rand(500))(nan)
     pit = ebm.GibbsBoltzmann(lambda x: torch.where(x > 1, -torch.inf, x), dist.Normal(0.0, 1.0))
     for q in (None, dist.Normal(0.0, 2.0)):
-        with pytest.raises(ValueError, match="got NaN or -inf at"):
-            Bridge(q, samples=torch.rand(500))(pit)
+        for method in (Bridge(q, samples=torch.rand(500)), MBAR(3, 4, 5, proposal=q, warmup=8)):
+            with pytest.raises(ValueError, match="must not be minus infinity"):
+                method(pit)
     with pytest.raises(ValueError, match="must be normalised"):
         Bridge(pit)(pit)
     with pytest.raises(ValueError, match="proposal must be given"):
         MBAR()(ebm.GibbsBoltzmann(lambda x: x**2, ebm.Flat()))
     wall = ebm.GibbsBoltzmann(lambda x: torch.where(x > 40, x, torch.inf), dist.Normal(0.0, 1.0))
-    with pytest.raises(ValueError, match="energy must be finite at draws of the base"):
+    with pytest.raises(ValueError, match="must be finite at draws of the base"):
         MBAR()(wall)
-    one_hot = ebm.GibbsBoltzmann(lambda x: 1.0 * x[..., 0], ebm.Flat((3,), constraints.one_hot))
-    with pytest.raises(NotImplementedError, match="Exact"):
-        MBAR()(one_hot)
-    assert Exact()(one_hot).value.isfinite()
+
+
+def test_nan_energies_are_counted_and_weigh_nothing():
+    d = ebm.GibbsBoltzmann(
+        lambda x: torch.where(x < 1.0, x, torch.nan), ebm.Flat((), constraints.interval(0.0, 2.0))
+    )
+    x = -torch.log1p(-torch.rand(1000) * (1 - math.exp(-1.0)))
+    for method in (Bridge(samples=x), MBAR(3, 16, 60)):
+        with pytest.warns(ebm.UnnormalizedWarning, match=r"was NaN at \d+ of \d+ points"):
+            est = method(d)
+        assert abs(est.value - math.log(1 - math.exp(-1.0))) < FAR * est.std_error
+    with pytest.raises(ValueError, match="got 1 points of none"):
+        Bridge(samples=torch.cat([x, x.new_tensor([1.5])]))(d)
 
 
 @pytest.mark.parametrize("base", ["whole numbers", "categories"])

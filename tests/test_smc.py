@@ -72,7 +72,7 @@ FAULTS = {
     "weights are kept": ("pyro_ebm._climb.resample", without_reset, "gaussian2"),
     "no families": ("pyro_ebm.partition.smc._by_ancestors", without_families, "gaussian2"),
     "no jacobian": (
-        "pyro_ebm._path.unconstrained",
+        "pyro_ebm._free.unconstrained",
         lambda u, t, n: lambda z: u(t(z)),
         "simplex",
     ),

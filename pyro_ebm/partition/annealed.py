@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyro_ebm._binding import evaluating
 from pyro_ebm._climb import Climb, climb, refined
+from pyro_ebm._free import MakeKernel
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, is_tracing
 from pyro_ebm._math import tail_index
-from pyro_ebm._path import Cost, Ladder, MakeKernel, Path, anneal
+from pyro_ebm._path import Cost, Ladder, Path, anneal
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.kernels.base import check_count
 from pyro_ebm.partition.base import (
@@ -212,16 +213,16 @@ class Annealed:
         self.accept_rate = float(rate.mean())
         estimate = from_weights(log_weight)
         _warn(estimate, log_weight, "Annealed")
-        return estimate, Weighted(path.decode(z), log_weight - math.log(len(z)))
+        return estimate, Weighted(path.free.decode(z), log_weight - math.log(len(z)))
 
     def _backward(self, path: Path, ladder: Ladder) -> tuple[LogPartition, Weighted]:
         """Anneal from the distribution to the proposal."""
         x = self._starts(path.d)
-        z, zero = path.encode(x), torch.zeros(x.shape[: x.dim() - path.d.event_dim]).to(ladder.t)
-        _, log_weight, _ = anneal(path, z, zero, ladder, reverse=True)
+        zero = torch.zeros(x.shape[: x.dim() - path.d.event_dim]).to(ladder.t)
+        _, log_weight, _ = anneal(path, path.free.encode(x), zero, ladder, reverse=True)
         inverse = from_weights(log_weight)
         _warn(inverse, log_weight, "Annealed(reverse=True)")
-        estimate = inverse._replace(value=-inverse.value)
+        estimate = inverse._replace(value=path.log_mass - inverse.value)
         return estimate, Weighted(x, zero + estimate.value - math.log(len(x)))
 
     def _starts(self, d: GibbsBoltzmann) -> Tensor:

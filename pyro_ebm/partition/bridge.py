@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from pyro_ebm._bennett import Influence, Masses, masses
 from pyro_ebm._binding import evaluating
-from pyro_ebm._replicas import Drawn, Path, Plan, check_excess, draw_along, path_of
+from pyro_ebm._free import MakeKernel
+from pyro_ebm._path import Drawn, Path, replicate
 from pyro_ebm.distribution import GibbsBoltzmann
-from pyro_ebm.kernels.base import Kernel, check_count
+from pyro_ebm.kernels.base import check_count
 from pyro_ebm.partition.base import (
     LogPartition,
     Weighted,
@@ -34,7 +34,8 @@ class Bridge:
     elsewhere by the distribution's sampler or one short chain a point, an approximation where
     there are several modes or scales: then pass draws of your own, or use :class:`MBAR`. The
     error takes the autocorrelation of chains into account; ``ess`` is the effective number of
-    draws in the overlap. A mode that no draw has seen cannot be noticed.
+    draws in the overlap. A mode that no draw has seen cannot be noticed. NaN energies weigh
+    nothing, with a warning.
 
     Args:
         proposal: The law :math:`q` at the other end, normalised; the base if None.
@@ -44,8 +45,8 @@ class Bridge:
 
     Raises:
         ValueError: If there are fewer than two draws; when used, if there is no proposal and the
-            base has an infinite volume, the samples have another shape, or an energy is NaN or,
-            at a sample, infinite.
+            base has an infinite volume, the samples have another shape or no density, or an
+            energy is minus infinity.
 
     References:
         | Simulating Ratios of Normalizing Constants via a Simple Identity (Meng and Wong, 1996)
@@ -72,12 +73,11 @@ class Bridge:
         self.proposal, self.num_samples, self.samples = proposal, num_samples, samples
 
     def _draw(self, d: GibbsBoltzmann) -> tuple[Path, Drawn]:
-        path = path_of(d, self.proposal)
+        path = Path(d, self.proposal)
         with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
             x = _chains(d, self.samples, self.num_samples)
-            y = path.sample(x.shape[:2])
-            first = check_excess(path.excess(y), "draws of the base or proposal")
-            last = check_excess(path.excess(x), "samples")
+            first, last = path.excess(path.sample(x.shape[:2])), path.excess(x)
+            path.report("Bridge")
         betas = torch.tensor([0.0, 1.0], dtype=first.dtype, device=first.device)
         return path, Drawn(betas, torch.stack([first, last]), x)
 
@@ -113,7 +113,7 @@ class MBAR:
     proposal), is drawn exactly and anew at each move, so that chains pass between modes. With a
     proposal the way goes through :math:`q^{1-s} (b e^{-\beta E})^s`. The covariance accounts for
     the correlation of draws in time and between levels. ``ess`` is the effective number of
-    draws where the ladder overlaps least.
+    draws where the ladder overlaps least. NaN energies weigh nothing, with a warning.
 
     Args:
         betas: The levels :math:`s_k`, as shares of ``d.beta``, increasing from 0 to 1, or how
@@ -129,8 +129,7 @@ class MBAR:
     Raises:
         TypeError: If ``betas`` is a tensor of whole numbers.
         ValueError: If a count is too small, or ``betas`` not as said; when used, if there is no
-            proposal and the base has an infinite volume, or an energy is NaN.
-        NotImplementedError: When used, on a finite support that is not one of components.
+            proposal and the base has an infinite volume, or an energy is minus infinity.
 
     References:
         | Statistically Optimal Analysis of Samples from Multiple Equilibrium States (Shirts and
@@ -156,7 +155,7 @@ class MBAR:
         num_samples: int = 200,
         *,
         proposal: Any = None,
-        kernel: Callable[..., Kernel] | None = None,
+        kernel: MakeKernel | None = None,
         warmup: int = 200,
     ) -> None:
         check_count("num_chains", num_chains, 1)
@@ -200,14 +199,17 @@ class MBAR:
         return new
 
     def _draw(self, d: GibbsBoltzmann) -> tuple[Path, Drawn]:
-        path = path_of(d, self.proposal)
-        if self._kept is not None:
-            return path, _with_base(d, path, self._kept)
-        betas, adapted = self.betas, not isinstance(self.betas, Tensor)
-        if not isinstance(betas, Tensor):
-            betas = torch.linspace(0.0, 1.0, betas).pow(3)
-        plan = Plan(betas.to(d.floating()), *self.counts, adapted, self.kernel)
-        return path, draw_along(d, path, plan)
+        path = Path(d, self.proposal, self.kernel)
+        with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
+            if self._kept is not None:
+                drawn = _with_base(path, self._kept)
+            elif isinstance(self.betas, Tensor):
+                drawn = replicate(path, self.betas, *self.counts)
+            else:
+                betas = torch.linspace(0.0, 1.0, self.betas).pow(3)
+                drawn = replicate(path, betas, *self.counts, respace=True)
+            path.report("MBAR")
+        return path, drawn
 
     def ladder(self, d: GibbsBoltzmann) -> tuple[Tensor, LogPartition, Tensor]:
         r"""Return log Z at all levels, from one run.
@@ -275,25 +277,24 @@ def _chains(d: GibbsBoltzmann, samples: Tensor | None, num: int) -> Tensor:
             f"{tuple(samples.shape)}"
         )
     grid = (samples.unsqueeze(0) if spare == 1 else samples).detach().transpose(0, 1)
-    walls = int((d.potential(grid) == torch.inf).sum())
+    walls = int((~(d.potential(grid) < torch.inf)).sum())
     if walls:
         raise ValueError(f"samples must have positive densities, got {walls} points of none")
     return grid
 
 
-def _with_base(d: GibbsBoltzmann, path: Path, kept: Drawn) -> Drawn:
+def _with_base(path: Path, kept: Drawn) -> Drawn:
     """Put exact draws of the base before the levels of a run of the same distribution."""
-    with torch.no_grad(), evaluating(d.energy):
-        now, then = path.excess(kept.x), kept.excess[-1]
-        scale = torch.finfo(then.dtype).eps ** 0.5
-        if now.shape != then.shape or not torch.allclose(now, then, rtol=scale, atol=scale):
-            raise ValueError(
-                "d must be the target of the run of Tempered, with the parameters that it had "
-                "then: its energies at the run's draws are others"
-            )
-        first = check_excess(path.excess(path.sample(then.shape)), "draws of the base")
+    now, then = path.excess(kept.x), kept.excess[-1]
+    scale = torch.finfo(then.dtype).eps ** 0.5
+    if now.shape != then.shape or not torch.allclose(now, then, rtol=scale, atol=scale):
+        raise ValueError(
+            "d must be the target of the run of Tempered, with the parameters that it had then: "
+            "its energies at the run's draws are others"
+        )
+    first = path.excess(path.sample((1, *then.shape[:2])))
     betas = torch.cat([torch.zeros_like(kept.betas[:1]), kept.betas]).to(then)
-    return Drawn(betas, torch.cat([first[None], kept.excess]), kept.x)
+    return Drawn(betas, torch.cat([first, kept.excess]), kept.x)
 
 
 def _solved(drawn: Drawn, what: str) -> Masses:

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.distributions.transforms import Transform
 
 from pyro_ebm._binding import evaluating
+from pyro_ebm._free import Free
 from pyro_ebm._guard import UnnormalizedWarning, is_tracing
-from pyro_ebm._short_run import adapt, unconstrained
+from pyro_ebm._short_run import adapt
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy
-from pyro_ebm.flat import values_of
 from pyro_ebm.kernels.base import Kernel, expand_like
 from pyro_ebm.kernels.langevin import mala, ula
 from pyro_ebm.partition.base import LogPartition, from_weights, needs_value, systematic
@@ -164,49 +162,46 @@ class Contrastive:
 
     def _advance(self, d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
         """Move the chains to the present parameters; return the points of the first group."""
-        if values_of(d.support) is not None:
+        free = Free(d)
+        if free.finite:
             raise ValueError(
                 f"Contrastive moves chains by gradients, got the finite support {d.support}; use "
                 "Exact()"
             )
-        transform = biject_to(d.support)
-        potential = unconstrained(d.potential, transform, d.event_dim)
+        potential = free.pull(d.potential)
         with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
-            chains = self._begin(d, x, transform, potential)
+            chains = self._begin(free, x, potential)
             chains = self._reweight(chains, potential)
             self.chains = self._move(chains, potential)
-            return transform(self.chains.position[:, 0]).detach()
+            return free.decode(self.chains.position[:, 0]).detach()
 
-    def _begin(
-        self, d: GibbsBoltzmann, x: Tensor | None, transform: Transform, potential: Energy
-    ) -> Negatives:
+    def _begin(self, free: Free, x: Tensor | None, potential: Energy) -> Negatives:
         """Start chains, or those that are to start anew."""
-        old = self.chains
+        d, old = free.d, self.chains
         if old is None or old.potential.shape[2:] != d.batch_shape:
             log_step = torch.full(d.batch_shape, math.log(self.step_size or 0.1)).to(d.floating())
-            return self._fresh(d, x, transform, log_step, 0)
+            return self._fresh(free, x, log_step, 0)
         if not self.persistent:
-            return self._fresh(d, x, transform, old.log_step, old.age)
+            return self._fresh(free, x, old.log_step, old.age)
         if not self.restart:
             return old
-        new = self._fresh(d, x, transform, old.log_step, old.age)
+        new = self._fresh(free, x, old.log_step, old.age)
         pick = torch.rand_like(old.potential) < self.restart
         position = torch.where(expand_like(pick, new.position), new.position, old.position)
         last = torch.where(pick, new.potential, old.potential)
         log_weight = torch.where(pick, new.log_weight - old.offset, old.log_weight)
         return old._replace(position=position, potential=last, log_weight=log_weight)
 
-    def _fresh(
-        self, d: GibbsBoltzmann, x: Tensor | None, transform: Transform, step: Tensor, age: int
-    ) -> Negatives:
+    def _fresh(self, free: Free, x: Tensor | None, step: Tensor, age: int) -> Negatives:
         """Draw starting points, with the potential of the law that they come from."""
+        d = free.d
         volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
         self.weighted = self.weighted and math.isfinite(volume)  # else the base has no log Z
         groups = 2 if self.weighted else 1
         shape = torch.Size((-(-self.num_chains // groups), groups))
         points = self._from_data(d, x, shape) if self.start == "data" else d.base.sample(shape)
-        z = transform.inv(points)
-        potential = unconstrained(lambda y: -d.base.log_prob(y), transform, d.event_dim)(z)
+        z = free.encode(points)
+        potential = free.pull(lambda y: -d.base.log_prob(y))(z)
         potential = potential + (volume if self.weighted else 0.0)
         zero = torch.zeros_like(potential)
         return Negatives(z, potential, zero, zero[0], zero[0], step, age)

@@ -10,6 +10,7 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from pyro_ebm._bennett import error_of_mean
+from pyro_ebm._free import inside
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.partition.base import Method, Weighted, log_partition
 
@@ -188,13 +189,8 @@ def _refuse_bounds(*methods: Any) -> None:
 
 def _potential(d: GibbsBoltzmann, x: Tensor) -> Tensor:
     """Return potentials, infinite outside of the support."""
-    inside = d.support.check(x)
-    if bool(inside.all()):
-        return d.potential(x)
-    wide = inside.reshape(inside.shape + (1,) * d.event_dim)
-    with torch.no_grad():
-        like = d.base.sample()
-    return torch.where(inside, d.potential(torch.where(wide, x, like)), torch.inf)
+    x, fine = inside(d.base, x)
+    return torch.where(fine, d.potential(x), torch.inf)
 
 
 def _points(d: GibbsBoltzmann, method: Any) -> _Points:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pyro_ebm._binding import evaluating
 from pyro_ebm._climb import Climb, climb
+from pyro_ebm._free import MakeKernel
 from pyro_ebm._guard import is_tracing
-from pyro_ebm._path import Cost, MakeKernel, Particles, Path
+from pyro_ebm._path import Cost, Particles, Path
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.kernels.base import check_count, check_share
 from pyro_ebm.partition.base import (
@@ -115,7 +116,7 @@ class SMC:
             particles, ladder, rates = climb(path, self.num_particles, how)
             path.report("SMC")
             estimate = _by_ancestors(particles)
-            x = path.decode(particles.z)
+            x = path.free.decode(particles.z)
         self.cost, self.num_temperatures = path.cost, len(ladder.t) - 1
         self.accept_rate = float(rates.mean())
         warn_low_ess(estimate.ess, "SMC")
