@@ -167,7 +167,7 @@ class Flat(TorchDistribution):
         low, high = getattr(part, "lower_bound", None), getattr(part, "upper_bound", None)
         if low is not None and high is not None:
             width = torch.as_tensor(high) - torch.as_tensor(low)
-            return self.event_shape.numel() * math.log(float(width))
+            return float(width.double().log().expand(self.event_shape).sum())
         if part is constraints.unit_interval:
             return 0.0
         if part is constraints.simplex:
@@ -182,6 +182,18 @@ class Flat(TorchDistribution):
         super(Flat, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Flat:
+        """Return the flat measure on points of more dimensions, which knows its volume."""
+        num = len(self.batch_shape)
+        num = num if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        if not 0 < num <= len(self.batch_shape):
+            return super().to_event(num)
+        left = len(self.batch_shape) - num
+        shape = self.batch_shape[left:] + self.event_shape
+        new = Flat(shape, self._support, dtype=self._like.dtype, device=self._like.device)
+        new._validate_args = self._validate_args
+        return new.expand(self.batch_shape[:left])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zero for each point."""

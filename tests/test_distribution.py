@@ -436,6 +436,17 @@ def test_the_volume_of_a_support(event, support, truth):
     assert ebm.Flat(event, support).log_volume == pytest.approx(truth)
 
 
+def test_flat_components_are_one_flat_measure_with_its_volume():
+    d = ebm.Flat((), constraints.interval(0.0, 3.0)).expand([4, 2]).to_event(1)
+    assert isinstance(d, ebm.Flat)
+    assert (d.batch_shape, d.event_shape) == ((4,), (2,))
+    assert d.log_volume == pytest.approx(2 * math.log(3.0))
+    assert d.to_event().event_shape == (4, 2)
+    assert ebm.Flat((3,), constraints.simplex).to_event(0).batch_shape == ()
+    ends = constraints.interval(torch.zeros(2), torch.tensor([2.0, 5.0]))
+    assert ebm.Flat((2,), ends).log_volume == pytest.approx(math.log(10.0))
+
+
 def test_flat_samples_simplices_uniformly():
     x = ebm.Flat((3,), constraints.simplex).sample((20_000,))
     expected = dist.Dirichlet(torch.ones(3))

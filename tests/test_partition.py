@@ -189,6 +189,13 @@ def test_a_flat_proposal_is_uniform():
         log_partition(d, Importance(ebm.Flat((), constraints.positive)))
 
 
+def test_a_flat_base_of_components_counts_its_volume():
+    base = ebm.Flat((), constraints.interval(-6.0, 6.0)).expand([2]).to_event(1)
+    d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square().sum(-1), base)
+    estimate = Importance(num_particles=20_000)(d)
+    assert abs(estimate.value - math.log(2 * math.pi)) < 5 * estimate.std_error
+
+
 def test_a_proposal_must_be_normalised():
     d = ebm.GibbsBoltzmann(lambda x: 0.5 * x.square(), ebm.Flat())
     q = ebm.GibbsBoltzmann(lambda x: 0.4 * x.square(), ebm.Flat())

@@ -166,6 +166,12 @@ def test_few_nodes_show_in_the_error_of_an_enumerated_table(num_points):
     assert found.std_error.max() > 1e-3
 
 
+def test_a_table_from_zero_needs_a_base_that_is_normalised():
+    base = ebm.GibbsBoltzmann(lambda x: 0.4 * x.square(), ebm.Flat())
+    with pytest.raises(ValueError, match="low must be positive where the base is not normalised"):
+        Table(0.0, 1.0).build(ebm.GibbsBoltzmann(lambda x: 0.1 * x.square(), base))
+
+
 def test_states_that_are_whole_numbers_are_recognised():
     base = ebm.Flat((), constraints.integer_interval(1, 4))
     d = ebm.GibbsBoltzmann(lambda x: 0.3 * (1.0 * x - 2.0).square(), base, 1.5)

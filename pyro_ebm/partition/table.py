@@ -278,6 +278,11 @@ class Table:
                 "low must be positive where the base is Flat on an infinite volume, got "
                 f"{self.low}"
             )
+        if self.low == 0 and not getattr(d.base, "is_normalized", True):
+            raise ValueError(
+                "low must be positive where the base is not normalised, and so its log Z unknown, "
+                f"got {self.low}"
+            )
         if not d.batch_shape:
             return d
         if not isinstance(d.base, Flat):
