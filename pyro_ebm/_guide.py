@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Given
+from pyro_ebm.flat import innermost, is_normalized
 
 
 class Draws(NamedTuple):
@@ -59,7 +60,7 @@ class Proposal:
                 f"broadcasts to {tuple(d.batch_shape)}, got {tuple(q.event_shape)} and "
                 f"{tuple(q.batch_shape)}"
             )
-        if not _is_normalized(q):
+        if not is_normalized(q):
             raise ValueError(
                 "proposal must be normalised, got a distribution without log_partition"
             )
@@ -128,7 +129,7 @@ class Proposal:
             )
         if not auxiliary and type(sites[self.site]["fn"]).__name__ == "Delta":
             raise ValueError("guide must have a density, got a point (a Delta, as of AutoDelta)")
-        free = [n for n, s in sites.items() if _is_flat(s["fn"]) or not _is_normalized(s["fn"])]
+        free = [n for n, s in sites.items() if _is_flat(s["fn"]) or not is_normalized(s["fn"])]
         if free:
             raise ValueError(
                 f"guide must draw from normalised distributions, got others at {free}"
@@ -170,18 +171,9 @@ def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
     return len(shape) <= len(whole) and all(n in (1, m) for n, m in pairs)
 
 
-def _inside(q: Any) -> Any:
-    """Return the distribution within reinterpreted dimensions and transforms."""
-    return _inside(q.base_dist) if hasattr(q, "base_dist") else q
-
-
-def _is_normalized(q: Any) -> bool:
-    return getattr(_inside(q), "is_normalized", True)
-
-
 def _is_flat(q: Any) -> bool:
     """Whether a distribution is flat, of a density of one, on a volume that is another."""
-    return isinstance(_inside(q), Flat) and _inside(q).log_volume != 0.0
+    return isinstance(innermost(q), Flat) and innermost(q).log_volume != 0.0
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pyro_ebm._guard import UnnormalizedWarning
 from pyro_ebm._replicas import Replicas
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy, describe
-from pyro_ebm.flat import Flat
+from pyro_ebm.flat import Flat, is_normalized
 from pyro_ebm.kernels.base import expand_like, impossible
 
 
@@ -194,7 +194,7 @@ def _check_proposal(d: GibbsBoltzmann, q: Any) -> None:
         raise ValueError(
             f"proposal must be given where the base is Flat on an infinite volume, got {got}"
         )
-    if not getattr(q, "is_normalized", True):
+    if not is_normalized(q):
         raise ValueError(
             "proposal (or base) must be normalised, got a GibbsBoltzmann without log_partition"
         )

@@ -97,6 +97,16 @@ def states_of(support: Constraint, event_shape: Sequence[int]) -> Tensor:
     return table.reshape(int(count), *event_shape)
 
 
+def innermost(q: Any) -> Any:
+    """Return the distribution within reinterpreted dimensions and transforms."""
+    return innermost(q.base_dist) if hasattr(q, "base_dist") else q
+
+
+def is_normalized(q: Any) -> bool:
+    """Whether a distribution, or that within it, is none that lacks its log Z."""
+    return getattr(innermost(q), "is_normalized", True)
+
+
 class Flat(TorchDistribution):
     r"""The flat measure on a support: Lebesgue, or counting where it is finite.
 

@@ -13,7 +13,15 @@ from torch import nn
 
 import pyro_ebm as ebm
 from pyro_ebm.kernels import mala, ula
-from pyro_ebm.partition import Contrastive, Exact, Importance, Quadrature, log_partition
+from pyro_ebm.partition import (
+    Annealed,
+    Bridge,
+    Contrastive,
+    Exact,
+    Importance,
+    Quadrature,
+    log_partition,
+)
 from pyro_ebm.partition.base import from_weights
 from tests.common import EXACT, NUMERIC
 
@@ -201,6 +209,10 @@ def test_a_proposal_must_be_normalised():
     q = ebm.GibbsBoltzmann(lambda x: 0.4 * x.square(), ebm.Flat())
     with pytest.raises(ValueError, match="proposal must be normalised, got a distribution"):
         Importance(q)(d)
+    flat = ebm.GibbsBoltzmann(lambda x: x.square().sum(-1), ebm.Flat((2,)))
+    for method in (Importance, Annealed, Bridge):
+        with pytest.raises(ValueError, match="proposal.* must be normalised"):
+            method(proposal=q.expand([2]).to_event(1))(flat)
     estimate = Importance(q.normalized(Quadrature()))(d)
     assert abs(estimate.value - 0.5 * math.log(2 * math.pi)) < 5 * estimate.std_error
 
