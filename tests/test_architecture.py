@@ -199,3 +199,9 @@ assert not [key for key in before if before[key] != after[key]], after
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_for_readers_names_every_module():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    tops = {name.split(".")[0] for name in MODULES} - {"", "__main__"}
+    assert not [name for name in sorted(tops) if f"`{name}" not in page]
