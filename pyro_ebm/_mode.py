@@ -11,7 +11,7 @@ from pyro_ebm._free import Free
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, differentiable
 
-NUM_STARTS = 8
+NUM_STARTS = 32
 
 
 class Space(NamedTuple):

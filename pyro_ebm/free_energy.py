@@ -14,7 +14,7 @@ from pyro_ebm._math import Minimum, check_positive_beta, soft_minimum
 from pyro_ebm._model_energy import ModelFreeEnergy
 from pyro_ebm.distribution import GibbsBoltzmann
 from pyro_ebm.energy import Energy, Given
-from pyro_ebm.flat import MAX_STATES, num_states, values_of
+from pyro_ebm.flat import MAX_STATES, Flat, num_states, values_of
 from pyro_ebm.minimize import minimize
 from pyro_ebm.partition import Exact, Method, Quadrature
 
@@ -46,7 +46,9 @@ class FreeEnergy(nn.Module):
     that ``GibbsBoltzmann(F, base, beta)`` tempers a model with latents only if F has that beta.
 
     A method that draws anew at each evaluation makes a noisy energy: pass
-    ``common_random_numbers=True`` where it goes into chains.
+    ``common_random_numbers=True`` where it goes into chains. :class:`~.partition.Annealed` then
+    has a function for each shape of batch, and chains need one for all: take
+    :class:`~.partition.Importance`.
 
     Args:
         energy: Maps points and a latent, ``(*batch, *event)`` each, whose batches broadcast, to
@@ -172,8 +174,17 @@ class FreeEnergy(nn.Module):
         d = self.conditional(*parts)
         if getattr(self.method, "tabular", False):  # precise where beta is small
             points = self.method.points(d)
-            return soft_minimum(d._energy_at(points.x), points.log_measure, self.beta)
+            measure = self._measure_of(points.log_measure)
+            return soft_minimum(d._energy_at(points.x), measure, self.beta)
         return -self.method.log_z(d) / self.beta
+
+    def _measure_of(self, log_measure: Tensor) -> Tensor:
+        """Take what rounding has added to a mass of one out of it: it is divided by beta."""
+        if isinstance(self.latent, Flat):
+            return log_measure
+        total = log_measure.detach().logsumexp(0)
+        rounding = torch.finfo(total.dtype).eps ** 0.5
+        return log_measure - torch.where(total.abs() < rounding, total, 0.0)
 
     def _energy_at_minimum(self, *parts: Tensor) -> Tensor:
         d = self.conditional(*parts)

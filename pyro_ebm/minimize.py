@@ -166,6 +166,8 @@ def _options(
     if betas is not None:
         betas = torch.as_tensor(betas).tolist()
         check_positive("betas", torch.tensor(betas))
+        if betas != sorted(betas):
+            raise ValueError(f"betas must rise, got {betas}")
     return Options(method, num_steps, tolerance, betas, 0.0 if l1 is None else l1, step_size)
 
 

@@ -25,6 +25,7 @@ from pyro_ebm.partition.base import (
     needs_value,
     surrogate,
     warn_low_ess,
+    warn_unseen,
 )
 
 PILOT = 64  # particles that choose temperatures, scales and steps: a scale to 9 per cent
@@ -132,8 +133,13 @@ class Annealed:
         return "upper" if self.reverse else "lower"
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
-        """Return the estimate of log Z with its standard error and effective sample size."""
-        return self._estimate(d)[0]
+        """Return the estimate of log Z with its standard error and effective sample size.
+
+        Where there is a proposal, a few short chains from the base look for what it misses.
+        """
+        estimate, particles = self._estimate(d)
+        warn_unseen(d, self.proposal, particles, "Annealed")
+        return estimate
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return the estimate of log Z.
@@ -150,7 +156,7 @@ class Annealed:
             )
         if not self.common_random_numbers:
             needs_value(self, "draws fresh particles, so that it is never the same twice")
-        return self(d).value
+        return self._estimate(d)[0].value
 
     def weighted(self, d: GibbsBoltzmann) -> Weighted:
         """Return particles of the distribution with their weights, of a run of their own."""

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyro_ebm._free import inside
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
 from pyro_ebm._guide import Draws
 from pyro_ebm._math import systematic as systematic
-from pyro_ebm.distribution import GibbsBoltzmann
+from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
+from pyro_ebm.energy import describe
 
 MIN_ESS = 10.0  # below this an estimate and its own error are not to be trusted
+NUM_WITNESSES, FAR_OFF = 32, 10.0
 
 
 class LogPartition(NamedTuple):
@@ -89,7 +92,7 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
 
     Raises:
         UnnormalizedError: If the method gives no value.
-        ValueError: If the method does not suit the distribution.
+        ValueError: If the method does not suit the distribution, or energies are NaN.
 
     Example:
         >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x**2, ebm.Flat())
@@ -103,6 +106,11 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
             "its gradient"
         )
     parts = method(getattr(d, "_origin", None) or d)
+    if parts[0].isnan().any():
+        raise ValueError(
+            f"{describe(d.energy)} must be a number, got NaN at points of "
+            f"{type(method).__name__}, whose log Z it makes NaN"
+        )
     return LogPartition(*(part.expand(d.batch_shape) for part in parts))
 
 
@@ -162,16 +170,59 @@ def deterministic(value: Tensor, error: Tensor | None = None) -> LogPartition:
     return LogPartition(value, std_error, torch.full_like(detached, torch.inf))
 
 
-def warn_low_ess(ess: Tensor, what: str) -> None:
+def warn_low_ess(ess: Tensor, what: str, least: float = MIN_ESS) -> None:
     """Say so when an estimate rests on a handful of particles."""
     low = float(ess.min())
-    if not low >= MIN_ESS:
+    if not low >= least:
         warnings.warn(
             f"log Z by {what} cannot be trusted: its effective sample size is {low:.1f}, below "
-            f"{MIN_ESS:.0f}. Use more particles, or a proposal closer to the distribution",
+            f"{least:.0f}. Use more particles, or a proposal closer to the distribution",
             UnnormalizedWarning,
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def warn_unseen(d: GibbsBoltzmann, proposal: Any, particles: Weighted, what: str) -> None:
+    """Say so when short chains from the base end where no particle of a proposal has come.
+
+    That is where the energy is as low as at the particles, and the proposal's density, over that
+    of the distribution, by many orders of magnitude lower than at any of them. What the base does
+    not reach either remains unseen.
+    """
+    if proposal is None or not hasattr(proposal, "log_prob") or d.support.is_discrete:
+        return
+    try:
+        x = d.sample(torch.Size((NUM_WITNESSES,)))
+    except ValueError:  # nowhere a finite energy near the base's draws
+        return
+    law = unvalidated(proposal)
+
+    def at(points: Tensor) -> tuple[Tensor, Tensor]:
+        y, fine = inside(law, points)
+        potential = d.potential(points)
+        return potential, potential + torch.where(fine, law.log_prob(y), -torch.inf)
+
+    share = torch.softmax(particles.log_weight, 0)
+    high, low = (_beyond(share, part) for part in at(particles.x))
+    potential, ratio = at(x)
+    unseen = (potential < high[1]) & (ratio < low[0])
+    if unseen.any():
+        warnings.warn(
+            f"log Z by {what} cannot be trusted: {int(unseen.sum())} of {unseen.numel()} short "
+            "chains from the base end where the proposal has no particles. Use a proposal that "
+            "covers them, or none",
+            UnnormalizedWarning,
+            stacklevel=4,
+        )
+
+
+def _beyond(share: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bounds far below and far above a weighted number."""
+    value = torch.where(share > 0, value, 0.0)
+    mean = (share * value).sum(0)
+    margin = FAR_OFF * (1.0 + (share * (value - mean).square()).sum(0).sqrt())
+    return mean - margin, mean + 0.5 * margin
 
 
 def needs_value(method: Any, why: str, enumerated: bool = False) -> None:

@@ -20,6 +20,7 @@ from pyro_ebm.partition.base import (
     needs_value,
     surrogate,
     warn_low_ess,
+    warn_unseen,
 )
 
 
@@ -249,7 +250,12 @@ class MBAR:
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the estimate of log Z with its standard error and effective sample size."""
-        return _estimate(d, *self._draw(d), "MBAR")
+        path, drawn = self._draw(d)
+        estimate = _estimate(d, path, drawn, "MBAR")
+        x = drawn.x.flatten(0, 1)
+        particles = Weighted(x, torch.zeros(len(x), *estimate.value.shape).to(drawn.excess))
+        warn_unseen(d, self.proposal, particles, "MBAR")
+        return estimate
 
 
 def _check_levels(betas: Any) -> None:

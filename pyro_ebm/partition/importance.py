@@ -19,6 +19,7 @@ from pyro_ebm.partition.base import (
     needs_value,
     points_of,
     warn_low_ess,
+    warn_unseen,
     weigh,
 )
 
@@ -30,7 +31,7 @@ class Importance:
         \quad x_i \sim q
 
     The estimate of Z is unbiased, so that of log Z a lower bound on average; :meth:`gap` says how
-    far below. Where the effective sample size falls below ten a warning says that it cannot be
+    far below. Where the effective sample size falls below fifty a warning says that it cannot be
     trusted. The proposal must cover the distribution: an estimate from a proposal with lighter
     tails is too small and does not show it.
 
@@ -82,6 +83,14 @@ class Importance:
         self.site, self.common_random_numbers = site, common_random_numbers
         self._proposal = Proposal(proposal, site, common_random_numbers)
 
+    @property
+    def min_ess(self) -> float:
+        """The effective sample size below which there is a warning.
+
+        Weights of independent particles may have heavy tails, of which ten show too little.
+        """
+        return min(50.0, self.num_particles / 2)
+
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Return the estimate of log Z.
 
@@ -90,18 +99,23 @@ class Importance:
         """
         if not self.common_random_numbers:
             needs_value(self, "draws fresh particles, so that it is never the same twice")
-        return self._estimate(d, learns(x)).value
+        return self._estimate(d, learns(x))[0].value
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
-        """Return the estimate of log Z with its standard error and effective sample size."""
-        return self._estimate(d, True)
+        """Return the estimate of log Z with its standard error and effective sample size.
 
-    def _estimate(self, d: GibbsBoltzmann, through: bool) -> LogPartition:
-        # fresh draws need no gradient: that of the weights is unbiased
-        points = self._draw(d, through and self.common_random_numbers)
-        estimate = from_weights(weigh(d, points).log_weight + math.log(self.num_particles))
-        warn_low_ess(estimate.ess, "Importance")
+        Where there is a proposal, a few short chains from the base look for what it misses.
+        """
+        estimate, particles = self._estimate(d, True)
+        warn_unseen(d, self.proposal, particles, "Importance")
         return estimate
+
+    def _estimate(self, d: GibbsBoltzmann, through: bool) -> tuple[LogPartition, Weighted]:
+        # fresh draws need no gradient: that of the weights is unbiased
+        particles = weigh(d, self._draw(d, through and self.common_random_numbers))
+        estimate = from_weights(particles.log_weight + math.log(self.num_particles))
+        warn_low_ess(estimate.ess, "Importance", self.min_ess)
+        return estimate, particles
 
     def _draw(self, d: GibbsBoltzmann, through: bool) -> Points:
         with torch.set_grad_enabled(through and torch.is_grad_enabled()):
@@ -133,7 +147,7 @@ class Importance:
         with torch.no_grad():
             n, log_weight = self.num_particles, self.weighted(d).log_weight
             estimate = from_weights(log_weight)
-            warn_low_ess(estimate.ess, "Importance")
+            warn_low_ess(estimate.ess, "Importance", self.min_ess)
             w = n * torch.softmax(log_weight, 0)  # over their mean
             influence = w.square() - 2 * w.square().mean(0) * w  # of each on the variance
             error = influence.std(0) / (2 * n**1.5)

@@ -21,6 +21,7 @@ from pyro_ebm.partition.base import (
     needs_value,
     surrogate,
     warn_low_ess,
+    warn_unseen,
 )
 
 CONDITIONAL = 0.9  # the share of the effective sample size that a step of the temperature keeps
@@ -86,8 +87,12 @@ class SMC:
         self.cost, self.accept_rate, self.num_temperatures = Cost(0, 0), math.nan, 0
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
-        """Return the estimate of log Z with its standard error and effective sample size."""
+        """Return the estimate of log Z with its standard error and effective sample size.
+
+        Where there is a proposal, a few short chains from the base look for what it misses.
+        """
         estimate, particles = self._run(d)
+        warn_unseen(d, self.proposal, particles, "SMC")
         return estimate._replace(value=surrogate(d, estimate.value, particles))
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
@@ -103,7 +108,8 @@ class SMC:
                 "repeat: use Trace_ELBO instead of JitTrace_ELBO"
             )
         needs_value(self, "draws fresh particles, so that it is never the same twice")
-        return self(d).value
+        estimate, particles = self._run(d)
+        return surrogate(d, estimate.value, particles)
 
     def weighted(self, d: GibbsBoltzmann) -> Weighted:
         """Return particles of the distribution with their weights, of a run of their own."""
