@@ -19,15 +19,21 @@ class Known:
         self.parts, self.value = log_z, value
         self.leaves = _leaves(d)
         self.versions = [_version(leaf) for _, leaf in self.leaves]
+        self.beta, self.modules = d.beta, list(modules_of(d.energy).values())
 
-    def check_unchanged(self) -> None:
-        """Refuse to be the log Z of parameters that have been written to since."""
-        if not is_tracing() and (names := self._changed()):
+    def check_unchanged(self, beta: Any) -> None:
+        """Refuse to be the log Z of parameters that have been written to, or replaced, since."""
+        if not is_tracing() and (names := self._changed(beta)):
             refuse(f"{', '.join(names)} has changed since", "the density", known=True)
 
-    def _changed(self) -> list[str]:
+    def _changed(self, beta: Any) -> list[str]:
         pairs = zip(self.leaves, self.versions, strict=True)
-        return [repr(name) for (name, leaf), was in pairs if _version(leaf) != was]
+        changed = [repr(name) for (name, leaf), was in pairs if _version(leaf) != was]
+        if not isinstance(beta, Tensor) and beta != self.beta:
+            changed.append("'beta'")
+        known = {id(leaf) for _, leaf in self.leaves}
+        now = [pair for module in self.modules for pair in module.named_parameters()]
+        return changed + [repr(name) for name, leaf in now if id(leaf) not in known]
 
     def log_z(self, d: Any, x: Tensor | None = None) -> Tensor:
         """Return log Z, without gradients."""

@@ -310,7 +310,7 @@ class GibbsBoltzmann(TorchDistribution):
         if self.log_partition is None:
             check(log_density, value, self.energy, self._enumerated)
         elif isinstance(self.log_partition, Known):
-            self.log_partition.check_unchanged()
+            self.log_partition.check_unchanged(self.beta)
             check(log_density, value, self.energy, self._enumerated, known=True)
             log_density = log_density - self._log_z(value)
         elif self.log_partition != "constant":

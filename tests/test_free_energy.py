@@ -149,6 +149,17 @@ def test_a_continuous_latent_is_minimised():
     torch.testing.assert_close(grad, (2 * x / 3).detach(), rtol=1e-6, atol=1e-6)
 
 
+def test_a_hot_free_energy_is_the_mean_energy_in_single_precision_too():
+    def E(x, z):
+        return 0.5 * (x - z).square()
+
+    x = torch.tensor([0.0, 3.0], dtype=torch.float32)
+    zero = torch.zeros((), dtype=torch.float32)
+    F = ebm.FreeEnergy(E, dist.Normal(zero, zero + 1), 1e-6)
+    # Gauss' nodes and weights in float32 are some 1e-6 off.
+    torch.testing.assert_close(F(x), 0.5 * (x.square() + 1), rtol=1e-4, atol=0.0)
+
+
 def test_tempering_comes_before_the_sum():
     E, x, beta = Components(), torch.randn(4, 2), 3.0
     F, F1 = (ebm.FreeEnergy(E, COUNT, b) for b in (beta, 1.0))

@@ -334,6 +334,21 @@ def test_learning_with_a_fixed_log_z_is_refused():
     torch.testing.assert_close(grad, torch.tensor(-0.3))
 
 
+def test_a_fixed_log_z_of_replaced_parameters_is_refused():
+    energy = torch.nn.Module()
+    energy.k = torch.nn.Parameter(torch.tensor(2.0), requires_grad=False)
+    energy.forward = lambda x: energy.k * x.square()
+    d = ebm.GibbsBoltzmann(energy, ebm.Flat()).normalized(Quadrature(-9.0, 9.0, 80))
+    d.log_prob(torch.zeros(()))
+    d.beta = 3.0
+    with pytest.raises(ebm.UnnormalizedError, match="'beta' has changed since"):
+        d.log_prob(torch.zeros(()))
+    d.beta = 1.0
+    energy.k = torch.nn.Parameter(torch.tensor(5.0), requires_grad=False)
+    with pytest.raises(ebm.UnnormalizedError, match="'k' has changed since"):
+        d.log_prob(torch.zeros(()))
+
+
 def test_a_fixed_log_z_of_parameters_that_have_changed_is_refused():
     energy, d = spring()
     d.log_prob(torch.tensor(0.3))

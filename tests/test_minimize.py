@@ -756,6 +756,7 @@ BAD = {
     "num_steps": (gaussian, torch.ones(2), {"num_steps": -1}, ValueError, "num_steps must be"),
     "tolerance": (gaussian, torch.ones(2), {"tolerance": 0.0}, ValueError, "tolerance must be"),
     "step_size": (gaussian, torch.ones(2), {"step_size": -1.0}, ValueError, "step_size must be"),
+    "betas that fall": (gaussian, torch.ones(2), {"betas": [2.0, 1.0]}, ValueError, "must rise"),
     "betas": (gaussian, torch.ones(2), {"betas": [0.0, 1.0]}, ValueError, "betas must be"),
     "counts": (
         lambda x: x, dist.Poisson(torch.tensor(3.0)), {}, ValueError, "finite or a continuous",

@@ -250,6 +250,17 @@ def test_common_random_numbers_make_log_z_a_function_and_leave_the_generator_alo
     assert not torch.equal(fresh.log_z(d), fresh.log_z(d))
 
 
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_energies_that_no_density_has_are_named(bad):
+    states = ebm.Flat((3,), constraints.boolean)
+    d = ebm.GibbsBoltzmann(lambda x: torch.where(x.sum(-1) > 2, bad, x.sum(-1)), states)
+    with pytest.raises(ValueError, match="must be a number above minus infinity, got log Z = "):
+        log_partition(d, Exact())
+    d = ebm.GibbsBoltzmann(lambda x: torch.where(x > 0.5, bad, x), ebm.Flat())
+    with pytest.raises(ValueError, match="at points of Quadrature"):
+        log_partition(d, Quadrature(-1.0, 1.0, 20))
+
+
 def test_weights_give_the_mean_its_error_and_the_effective_sample_size():
     w = torch.tensor([[1.0, 2.0], [3.0, 2.0], [2.0, 2.0]])
     value, std_error, ess = from_weights(w.log())

@@ -92,7 +92,8 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
 
     Raises:
         UnnormalizedError: If the method gives no value.
-        ValueError: If the method does not suit the distribution, or energies are NaN.
+        ValueError: If the method does not suit the distribution, or energies are NaN or minus
+            infinity.
 
     Example:
         >>> d = ebm.GibbsBoltzmann(lambda x: 0.5 * x**2, ebm.Flat())
@@ -106,10 +107,11 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
             "its gradient"
         )
     parts = method(getattr(d, "_origin", None) or d)
-    if parts[0].isnan().any():
+    bad = parts[0].detach().isnan() | (parts[0].detach() == torch.inf)
+    if bad.any():
         raise ValueError(
-            f"{describe(d.energy)} must be a number, got NaN at points of "
-            f"{type(method).__name__}, whose log Z it makes NaN"
+            f"{describe(d.energy)} must be a number above minus infinity, got log Z = "
+            f"{float(parts[0][bad][0])} by its values at points of {type(method).__name__}"
         )
     return LogPartition(*(part.expand(d.batch_shape) for part in parts))
 
