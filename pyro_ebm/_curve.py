@@ -88,7 +88,8 @@ def integrate(scale: Scale, nodes: Tensor, chains: Tensor, curvature: Tensor) ->
     .. math:: \int \approx \tfrac{h}{2} (s_0 + s_1) + \tfrac{h^2}{12} (s_0' - s_1')
 
     The standard error is that over independent estimates, and that of the rule: the difference to
-    every other node, of which a fifteenth would do where the nodes are dense.
+    every other node; a fifteenth of it where the rule is seen to be of fourth order, as that
+    difference is small beside the one to every fourth node.
 
     Args:
         scale: The coordinate.
@@ -100,11 +101,19 @@ def integrate(scale: Scale, nodes: Tensor, chains: Tensor, curvature: Tensor) ->
     mean = chains.mean(1)
     slope, curvature = first * mean, first.square() * curvature + second * mean
     value = _cumulated(place, slope, curvature)
-    gap = (value[::2] - _cumulated(place[::2], slope[::2], curvature[::2])).abs()
-    gap = torch.repeat_interleave(gap, 2)[: len(nodes)]
+
+    def gap(stride: int) -> Tensor:  # to the rule on fewer nodes, up to the next of these
+        few = slice(None, None, stride)
+        off = (value[few] - _cumulated(place[few], slope[few], curvature[few])).abs()
+        rows = torch.arange(len(nodes), device=nodes.device)
+        return off[(-(-rows // stride)).clamp(max=len(off) - 1)]
+
+    rule = gap(2)
+    if len(nodes) > 4:
+        rule = torch.where(rule < gap(4) / 4, rule / 15, rule)
     each = _cumulated(place, first.unsqueeze(-1) * chains)
     noise = each.std(1) / each.shape[1] ** 0.5
-    return Curve(scale, nodes, value, slope, (noise.square() + gap.square()).sqrt())
+    return Curve(scale, nodes, value, slope, (noise.square() + rule.square()).sqrt())
 
 
 def _cumulated(place: Tensor, slope: Tensor, curvature: Tensor | None = None) -> Tensor:

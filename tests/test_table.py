@@ -398,6 +398,16 @@ def test_nuts_has_the_posterior_of_a_learned_beta(sample, table):
     assert far(sample(learned_beta, x, table)["beta"], *beta_truth(x)) < FAR
 
 
+@pytest.mark.parametrize("num_points", [3, 4, 5, 9, 12])
+def test_few_nodes_are_said_to_be_few(num_points):
+    base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
+    table = Table(0.0, 20.0, num_points, num_chains=16, num_samples=100)
+    beta = torch.tensor([1.0, 2.5, 5.0, 20.0])
+    for b in beta:
+        est = table(ebm.GibbsBoltzmann(lambda x: 0.5 * x.square().sum(-1), base, b))
+        assert (est.value + torch.log(1 + 4 * b)).abs() < 3 * est.std_error
+
+
 @QUIET
 @pytest.mark.slow
 def test_a_table_with_wrong_slopes_gives_a_posterior_seen_to_be_wrong(table):
