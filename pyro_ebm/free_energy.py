@@ -45,6 +45,10 @@ class FreeEnergy(nn.Module):
     the least. Mind that tempering comes before the sum: :math:`F_\beta` is not :math:`F_1`, so
     that ``GibbsBoltzmann(F, base, beta)`` tempers a model with latents only if F has that beta.
 
+    The minimum is that of all states where they are few enough to count; elsewhere it is the one
+    that a search from a draw of ``latent`` finds, perhaps a local one: ask for more by
+    ``method={"num_starts": 20}``.
+
     A method that draws anew at each evaluation makes a noisy energy: pass
     ``common_random_numbers=True`` where it goes into chains. :class:`~.partition.Annealed` then
     has a function for each shape of batch, and chains need one for all: take
