@@ -246,10 +246,13 @@ class MBAR:
             UnnormalizedError: If MCMC or importance sampling asks.
         """
         needs_value(self, "draws anew, so that it is never the same twice")
-        return self(d).value
+        return _estimate(d, *self._draw(d), "MBAR").value
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
-        """Return the estimate of log Z with its standard error and effective sample size."""
+        """Return the estimate of log Z with its standard error and effective sample size.
+
+        Where there is a proposal, a few short chains from the base look for what it misses.
+        """
         path, drawn = self._draw(d)
         estimate = _estimate(d, path, drawn, "MBAR")
         x = drawn.x.flatten(0, 1)
