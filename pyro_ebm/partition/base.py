@@ -12,7 +12,6 @@ from torch import Tensor
 from pyro_ebm._free import inside
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
 from pyro_ebm._guide import Draws
-from pyro_ebm._math import systematic as systematic
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import describe
 

@@ -101,7 +101,7 @@ class Bridge:
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the estimate of log Z with its standard error and effective sample size."""
-        return _estimate(d, *self._draw(d), "Bridge")
+        return _estimate(d, *self._draw(d), "Bridge")[0]
 
 
 class MBAR:
@@ -246,17 +246,14 @@ class MBAR:
             UnnormalizedError: If MCMC or importance sampling asks.
         """
         needs_value(self, "draws anew, so that it is never the same twice")
-        return _estimate(d, *self._draw(d), "MBAR").value
+        return _estimate(d, *self._draw(d), "MBAR")[0].value
 
     def __call__(self, d: GibbsBoltzmann) -> LogPartition:
         """Return the estimate of log Z with its standard error and effective sample size.
 
         Where there is a proposal, a few short chains from the base look for what it misses.
         """
-        path, drawn = self._draw(d)
-        estimate = _estimate(d, path, drawn, "MBAR")
-        x = drawn.x.flatten(0, 1)
-        particles = Weighted(x, torch.zeros(len(x), *estimate.value.shape).to(drawn.excess))
+        estimate, particles = _estimate(d, *self._draw(d), "MBAR")
         warn_unseen(d, self.proposal, particles, "MBAR")
         return estimate
 
@@ -314,14 +311,17 @@ def _solved(drawn: Drawn, what: str) -> Masses:
     return found._replace(ess=lost)
 
 
-def _estimate(d: GibbsBoltzmann, path: Path, drawn: Drawn, what: str) -> LogPartition:
+def _estimate(
+    d: GibbsBoltzmann, path: Path, drawn: Drawn, what: str
+) -> tuple[LogPartition, Weighted]:
     found, like = _solved(drawn, what), drawn.excess
     value = (found.log_mass[-1] + path.log_mass).to(like)
     # less than one draw in the overlap says nothing of its own error
     std_error = torch.where(found.ess >= 1, found.covariance[-1, -1].sqrt(), torch.inf)
     x = drawn.x.flatten(0, 1)
     particles = Weighted(x, torch.zeros(len(x), *value.shape).to(like))
-    return LogPartition(surrogate(d, value, particles), std_error.to(like), found.ess.to(like))
+    estimate = LogPartition(surrogate(d, value, particles), std_error.to(like), found.ess.to(like))
+    return estimate, particles
 
 
 def _influence(d: GibbsBoltzmann, path: Path, drawn: Drawn, what: str) -> Influence:

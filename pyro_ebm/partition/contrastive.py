@@ -13,12 +13,13 @@ from torch import Tensor
 from pyro_ebm._binding import evaluating
 from pyro_ebm._free import Free
 from pyro_ebm._guard import UnnormalizedWarning, is_tracing
+from pyro_ebm._math import systematic
 from pyro_ebm._short_run import adapt
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.energy import Energy
 from pyro_ebm.kernels.base import Kernel, expand_like
 from pyro_ebm.kernels.langevin import mala, ula
-from pyro_ebm.partition.base import LogPartition, from_weights, needs_value, systematic
+from pyro_ebm.partition.base import LogPartition, from_weights, needs_value
 
 
 class Negatives(NamedTuple):
