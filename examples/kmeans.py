@@ -62,8 +62,8 @@ def learn_centres(x, means, beta, num_steps):
     for _ in range(num_steps):
         share = shares(free_energy(Centres(means), beta), x)
         mass = share.sum(0)
-        new = (share.T @ x) / mass.clamp(min=1e-30)[:, None]
-        new = torch.where(mass[:, None] > 0, new, means)
+        new = (share.T @ x) / mass.clamp(min=1e-30)[:, None]  # no 0 / 0
+        new = torch.where(mass[:, None] > 0, new, means)  # a centre that nothing chose stays
         if torch.equal(new, means):
             break
         means = new
