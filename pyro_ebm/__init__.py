@@ -1,6 +1,6 @@
 """Energy-based models as full citizens of Pyro."""
 
-from pyro_ebm import energy, infer, kernels, partition, zoo
+from pyro_ebm import energy, infer, kernels, losses, partition, zoo
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
@@ -53,6 +53,7 @@ __all__ = [
     "kl_divergence",
     "log_bayes_factor",
     "log_partition",
+    "losses",
     "minimize",
     "partition",
     "to_arviz",

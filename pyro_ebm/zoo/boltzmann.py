@@ -1,0 +1,111 @@
+"""Boltzmann machines: energies of binary units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Ising(nn.Module):
+    r"""The Ising model, or Boltzmann machine without hidden units.
+
+    .. math:: E(x) = -\tfrac{1}{2} \sum_{ij} J_{ij} s_i s_j - \sum_i h_i s_i, \quad s = 2 x - 1
+
+    Points are zeros and ones, as in Pyro's Bernoulli; the spins s are -1 and 1. Only the
+    symmetric part of J counts, and not its diagonal.
+
+    Args:
+        num_spins: The number of spins.
+        coupling: The first couplings J, ``(num_spins, num_spins)``; zeros if None.
+        field: The first fields h, ``(num_spins,)``; zeros if None.
+
+    Raises:
+        ValueError: If there is no spin, or a shape does not fit.
+
+    References:
+        | Beitrag zur Theorie des Ferromagnetismus (Ising, 1925)
+        | https://doi.org/10.1007/BF02980577
+
+    Example:
+        >>> energy = Ising(3, coupling=torch.ones(3, 3))
+        >>> energy(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]))
+        tensor([-3.,  1.], grad_fn=<SubBackward0>)
+    """
+
+    def __init__(
+        self, num_spins: int, coupling: Tensor | None = None, field: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        if num_spins < 1:
+            raise ValueError(f"num_spins must be positive, got {num_spins}")
+        self.coupling = nn.Parameter(_given("coupling", coupling, (num_spins, num_spins)))
+        self.field = nn.Parameter(_given("field", field, (num_spins,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the energies of points ``(*batch, num_spins)``."""
+        s = 2.0 * x - 1.0
+        coupling = self.coupling - torch.diag(self.coupling.diagonal())
+        return -0.5 * ((s @ coupling) * s).sum(-1) - s @ self.field
+
+
+class RBM(nn.Module):
+    r"""The restricted Boltzmann machine: an energy of visible and hidden units.
+
+    .. math::
+        E(v, h) = -b^\top v - c^\top h - v^\top W h, \quad
+        F(v) = -b^\top v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
+
+    Called with visible units alone it is the free energy F at :math:`\beta = 1`. At other
+    temperatures take ``ebm.FreeEnergy(rbm, ebm.Flat((num_hidden,), constraints.boolean), beta)``,
+    since :math:`F_\beta \ne \beta F_1`.
+
+    Args:
+        num_visible: The number of visible units.
+        num_hidden: The number of hidden units.
+        scale: The standard deviation of the first weights.
+
+    Raises:
+        ValueError: If there are no units.
+
+    References:
+        | Information Processing in Dynamical Systems: Foundations of Harmony Theory (Smolensky,
+          1986)
+        | https://stanford.edu/~jlmcc/papers/PDP/Volume%201/Chap6_PDP86.pdf
+
+    Example:
+        >>> rbm, v = RBM(6, 4), torch.zeros(5, 6)
+        >>> rbm(v).shape, rbm(v, torch.zeros(5, 4)).shape
+        (torch.Size([5]), torch.Size([5]))
+    """
+
+    def __init__(self, num_visible: int, num_hidden: int, *, scale: float = 0.01) -> None:
+        super().__init__()
+        if min(num_visible, num_hidden) < 1:
+            raise ValueError(
+                f"num_visible and num_hidden must be positive, got {num_visible}, {num_hidden}"
+            )
+        self.weight = nn.Parameter(scale * torch.randn(num_visible, num_hidden))
+        self.visible_bias = nn.Parameter(torch.zeros(num_visible))
+        self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
+
+    def forward(self, v: Tensor, h: Tensor | None = None) -> Tensor:
+        """Return the energies of ``(*batch, num_visible)``, or with ``(*batch, num_hidden)``."""
+        inputs = self.hidden_logits(v)
+        hidden = nn.functional.softplus(inputs) if h is None else inputs * h
+        return -(v @ self.visible_bias) - hidden.sum(-1)
+
+    def hidden_logits(self, v: Tensor) -> Tensor:
+        """Return the log-odds of hidden units given the visible ones."""
+        return v @ self.weight + self.hidden_bias
+
+    def visible_logits(self, h: Tensor) -> Tensor:
+        """Return the log-odds of visible units given the hidden ones."""
+        return h @ self.weight.T + self.visible_bias
+
+
+def _given(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if value is None:
+        return torch.zeros(shape)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(value.shape)}")
+    return value.detach().clone()
