@@ -1,0 +1,99 @@
+"""All losses: how each is called, and what its docstring claims. One line a loss.
+
+The contract in ``test_losses.py`` runs over ``LOSSES``. Add lines to your own section.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm import losses
+
+N, M = 6, 8  # data and negatives: two numbers, so that a count says which points were looked at
+
+
+class Smooth(nn.Module):
+    """An energy of one or several parts, which are vectors, with all derivatives."""
+
+    def __init__(self, dim=2):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape):
+            return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+        self.inner, self.outer = draw(dim, 3), draw(3)
+
+    def forward(self, *parts):
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        x = torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+        return (x @ self.inner).tanh() @ self.outer + 0.5 * (x @ self.inner).square().sum(-1)
+
+
+class Case(NamedTuple):
+    """A loss, its points, and what is claimed of it.
+
+    ``rows`` has a letter per tensor: those with the same letter share their rows, which may be
+    permuted together and must not be none; a tensor marked with a dot has none.
+    ``cost`` counts the calls of the energy, and the energies that these return in all.
+    ``blocked`` are the tensors, by their place, that no gradient may flow into.
+    """
+
+    loss: Callable[..., Tensor]  # (energy, *tensors) -> scalar
+    tensors: Callable[[], tuple[Tensor, ...]]
+    rows: str
+    cost: tuple[int, int]
+    blocked: tuple[int, ...] = ()
+    invariant: bool = True  # to a constant that is added to the energy
+    exact_gradient: bool = True  # whether the gradient is that of the value
+    energy: Callable[[], nn.Module] = Smooth
+
+
+def points(*shapes, seed=0):
+    """Return fixed normal draws of these shapes, in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+
+
+def bits(*shapes, seed=0):
+    """Return fixed zeros and ones of these shapes."""
+    return tuple((x > 0).to(x) for x in points(*shapes, seed=seed))
+
+
+CONTRASTIVE = {
+    "contrastive_divergence": Case(
+        losses.contrastive_divergence,
+        lambda: points((N, 2), (M, 2)),
+        rows="ab",
+        cost=(2, N + M),
+        blocked=(1,),
+    ),
+    "contrastive_divergence, weighted": Case(
+        lambda e, x, negatives, w: losses.contrastive_divergence(e, x, negatives, log_weight=w),
+        lambda: points((N, 2), (M, 2), (M,)),
+        rows="abb",
+        cost=(2, N + M),
+        blocked=(1, 2),
+    ),
+}
+MARGIN = {}
+ADVERSARIAL = {}
+SCORE = {}
+NOISE = {}
+RECONSTRUCTION = {}
+DISCRETE = {}
+EMBEDDING = {}
+
+LOSSES = {
+    **CONTRASTIVE,
+    **MARGIN,
+    **ADVERSARIAL,
+    **SCORE,
+    **NOISE,
+    **RECONSTRUCTION,
+    **DISCRETE,
+    **EMBEDDING,
+}
+NOT_OF_AN_ENERGY: set[str] = set()  # names of ebm.losses that are tested elsewhere only
