@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_UNITS = 24
+"""The most units of a layer whose states are summed one by one."""
+
+CHUNK = 1 << 14
+"""So many states of a layer are summed at once."""
 
 
 class Ising(nn.Module):
@@ -44,8 +51,55 @@ class Ising(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the energies of points ``(*batch, num_spins)``."""
         s = 2.0 * x - 1.0
-        coupling = self.coupling - torch.diag(self.coupling.diagonal())
-        return -0.5 * ((s @ coupling) * s).sum(-1) - s @ self.field
+        return -0.5 * ((s @ _hollow(self.coupling)) * s).sum(-1) - s @ self.field
+
+
+class Potts(nn.Module):
+    r"""The Potts model: an Ising model whose sites have K states.
+
+    .. math:: E(x) = -\tfrac{1}{2} \sum_{ij} J_{ij} \, x_i^\top x_j - \sum_i h_i^\top x_i
+
+    Points are one-hot, of shape ``(num_sites, num_states)``: :math:`x_i^\top x_j` is one where
+    two sites agree. Only the symmetric part of J counts, and not its diagonal.
+
+    Args:
+        num_sites: The number of sites.
+        num_states: The number K of states of a site.
+        coupling: The first couplings J, ``(num_sites, num_sites)``; zeros if None.
+        field: The first fields h, ``(num_sites, num_states)``; zeros if None.
+
+    Raises:
+        ValueError: If there is no site or no state, or a shape does not fit.
+
+    References:
+        | Some Generalized Order-Disorder Transformations (Potts, 1952)
+        | https://doi.org/10.1017/S0305004100027419
+
+    Example:
+        >>> energy = Potts(2, 3, coupling=torch.ones(2, 2))
+        >>> energy(torch.eye(3)[torch.tensor([1, 1])])
+        tensor(-1., grad_fn=<SubBackward0>)
+    """
+
+    def __init__(
+        self,
+        num_sites: int,
+        num_states: int,
+        coupling: Tensor | None = None,
+        field: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if min(num_sites, num_states) < 1:
+            raise ValueError(
+                f"num_sites and num_states must be positive, got {num_sites}, {num_states}"
+            )
+        self.coupling = nn.Parameter(_given("coupling", coupling, (num_sites, num_sites)))
+        self.field = nn.Parameter(_given("field", field, (num_sites, num_states)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the energies of points ``(*batch, num_sites, num_states)``."""
+        pairs = ((_hollow(self.coupling) @ x) * x).sum((-2, -1))
+        return -0.5 * pairs - (self.field * x).sum((-2, -1))
 
 
 class RBM(nn.Module):
@@ -101,6 +155,53 @@ class RBM(nn.Module):
     def visible_logits(self, h: Tensor) -> Tensor:
         """Return the log-odds of visible units given the hidden ones."""
         return h @ self.weight.T + self.visible_bias
+
+    def log_partition(self, beta: float | Tensor = 1.0) -> Tensor:
+        r"""Return the exact log Z of the joint energy at an inverse temperature.
+
+        .. math:: \log Z_\beta = \log \sum_h e^{\beta c^\top h}
+            \prod_i \bigl(1 + e^{\beta (b_i + (W h)_i)}\bigr)
+
+        The states of the smaller layer are summed one by one, those of the other in closed form;
+        gradients flow to the parameters and to ``beta``. At :math:`\beta = 1` it is also the
+        log Z of the free energy.
+
+        Args:
+            beta: The inverse temperature: a number, or a tensor of one element.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If both layers have more than 24 units.
+
+        Example:
+            >>> RBM(6, 4, scale=0.0).log_partition() / torch.tensor(2.0).log()
+            tensor(10., grad_fn=<DivBackward0>)
+        """
+        weight, own, other = self.weight, self.visible_bias, self.hidden_bias
+        if len(own) > len(other):
+            weight, own, other = weight.T, other, own
+        if len(own) > MAX_UNITS:
+            raise ValueError(
+                f"num_visible or num_hidden must be at most {MAX_UNITS} to sum over all states "
+                f"of a layer, got {self.weight.shape[0]}, {self.weight.shape[1]}"
+            )
+        place = torch.arange(len(own), device=own.device)
+
+        def part(state: Tensor) -> Tensor:
+            x = (state.unsqueeze(-1) >> place & 1).to(own)
+            logits = beta * (x @ weight + other)
+            return (beta * (x @ own) + nn.functional.softplus(logits).sum(-1)).logsumexp(0)
+
+        chunks = torch.arange(1 << len(own), device=own.device).split(CHUNK)
+        # A chunk is computed again for its gradient: else 2^20 states need gigabytes.
+        return torch.stack([checkpoint(part, c, use_reentrant=False) for c in chunks]).logsumexp(0)
+
+
+def _hollow(coupling: Tensor) -> Tensor:
+    """Leave out the diagonal."""
+    return coupling - torch.diag(coupling.diagonal())
 
 
 def _given(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
