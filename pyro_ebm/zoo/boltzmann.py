@@ -179,9 +179,10 @@ class RBM(nn.Module):
             >>> RBM(6, 4, scale=0.0).log_partition() / torch.tensor(2.0).log()
             tensor(10., grad_fn=<DivBackward0>)
         """
-        weight, own, other = self.weight, self.visible_bias, self.hidden_bias
-        if len(own) > len(other):
-            weight, own, other = weight.T, other, own
+        layers = self.visible_bias, self.hidden_bias
+        swap = len(layers[0]) > len(layers[1])
+        own, other = reversed(layers) if swap else layers
+        weight = self.weight.T if swap else self.weight
         if len(own) > MAX_UNITS:
             raise ValueError(
                 f"num_visible or num_hidden must be at most {MAX_UNITS} to sum over all states "
