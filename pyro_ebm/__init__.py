@@ -9,6 +9,7 @@ from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
 from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
 from pyro_ebm.minimize import Minimum, MinimumWarning, minimize
+from pyro_ebm.negatives import Negatives
 from pyro_ebm.partition import (
     Estimate,
     LogPartition,
@@ -38,6 +39,7 @@ __all__ = [
     "LogPartition",
     "Minimum",
     "MinimumWarning",
+    "Negatives",
     "SamplingError",
     "Scaled",
     "Sum",

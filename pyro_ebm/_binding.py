@@ -115,6 +115,32 @@ def evaluating(energy: Any) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def sampling(energy: Any) -> Iterator[None]:
+    """As :func:`evaluating`, with parameters that autograd does not record.
+
+    Those of modules and leaf tensors of closures: chains need gradients in their points only.
+    """
+    found = [thing for _, thing in referenced(energy)]
+    tops = [thing for thing in found if isinstance(thing, nn.Module)]
+    modules = {id(m): m for top in tops for m in top.modules()}.values()
+    training = [m for m in modules if m.training]
+    tensors = [thing for thing in found if isinstance(thing, Tensor)]
+    tensors += [p for m in modules for p in m._parameters.values() if p is not None]
+    learned = [t for t in tensors if t.requires_grad and t.is_leaf]
+    for module in training:
+        module.training = False
+    for tensor in learned:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for tensor in learned:
+            tensor.requires_grad_(True)
+
+
 def _lifted_values() -> dict[str, Any]:
     """Return what the ``poutine.lift`` handlers in force have drawn for parameters, by name."""
     lifts = [m for m in _PYRO_STACK if isinstance(m, LiftMessenger)]

@@ -72,6 +72,21 @@ def soft_minimum(
     return torch.where(small, series, direct)
 
 
+def mean_weight(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Average importance weights, stacked in the first dimension.
+
+    Returns:
+        The log of the mean, its standard error by the delta method, and the effective sample size
+        :math:`(\sum w)^2 / \sum w^2`.
+    """
+    n = len(log_weights)
+    value = log_weights.logsumexp(0) - math.log(n)
+    with torch.no_grad():
+        ess = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
+        std_error = ((1 / ess - 1 / n).clamp(min=0.0) * n / max(n - 1, 1)).sqrt()
+    return value, std_error, ess
+
+
 def systematic(weight: Tensor) -> Tensor:
     """Return rows drawn in proportion to weights, with one uniform number per batch element."""
     n = len(weight)

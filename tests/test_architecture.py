@@ -31,6 +31,7 @@ LAYERS = [
     {"_audit", "_engine", "_model_energy", "_potential", "adaptation", "factor_graph"},
     {"_guide", "_path", "_search"},
     {"_auxiliary", "_climb", "_ladder", "_rungs", "_starts", "minimize", "zoo"},
+    {"negatives"},
     {"partition"},
     {"free_energy"},
     {"sampling"},

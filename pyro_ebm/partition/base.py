@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_ebm._free import inside
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
 from pyro_ebm._guide import Draws
+from pyro_ebm._math import mean_weight
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import describe
 
@@ -116,17 +117,8 @@ def log_partition(d: GibbsBoltzmann, method: Method) -> LogPartition:
 
 
 def from_weights(log_weights: Tensor) -> LogPartition:
-    r"""Average importance weights, stacked in the first dimension.
-
-    The standard error is that of the log by the delta method, and the effective sample size
-    :math:`(\sum w)^2 / \sum w^2`.
-    """
-    n = len(log_weights)
-    value = log_weights.logsumexp(0) - math.log(n)
-    with torch.no_grad():
-        ess = (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
-        std_error = ((1 / ess - 1 / n).clamp(min=0.0) * n / max(n - 1, 1)).sqrt()
-    return LogPartition(value, std_error, ess)
+    """Average importance weights, stacked in the first dimension, as in :func:`mean_weight`."""
+    return LogPartition(*mean_weight(log_weights))
 
 
 def points_of(d: GibbsBoltzmann, draws: Draws) -> Points:
