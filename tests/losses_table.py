@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pyro_ebm import losses
@@ -62,6 +63,11 @@ def bits(*shapes, seed=0):
     return tuple((x > 0).to(x) for x in points(*shapes, seed=seed))
 
 
+def wide(x):
+    """Return a law of noise for points."""
+    return Normal(x.new_zeros(2), 2.0).to_event(1)
+
+
 CONTRASTIVE = {
     "contrastive_divergence": Case(
         losses.contrastive_divergence,
@@ -80,8 +86,59 @@ CONTRASTIVE = {
 }
 MARGIN = {}
 ADVERSARIAL = {}
-SCORE = {}
-NOISE = {}
+SCORE = {
+    "score_matching": Case(
+        losses.score_matching, lambda: points((N, 2)), rows="a", cost=(1, N), blocked=(0,)
+    ),
+    "sliced_score_matching": Case(
+        losses.sliced_score_matching,
+        lambda: points((N, 2), (N, 2)),
+        rows="aa",
+        cost=(1, N),
+        blocked=(0, 1),
+    ),
+    "denoising_score_matching": Case(
+        lambda e, x, noise: losses.denoising_score_matching(e, x, noise, 0.5),
+        lambda: points((N, 2), (N, 2)),
+        rows="aa",
+        cost=(1, N),
+        blocked=(0,),
+    ),
+    "multi_level_denoising_score_matching": Case(
+        lambda e, x, noise, s: losses.multi_level_denoising_score_matching(
+            lambda y, level: e(y, level.unsqueeze(-1)), x, noise, s.square() + 0.1
+        ),
+        lambda: points((N, 2), (N, 2), (N,)),
+        rows="aaa",
+        cost=(1, N),
+        blocked=(0,),
+        energy=lambda: Smooth(3),
+    ),
+}
+NOISE = {
+    "noise_contrastive": Case(
+        lambda e, x, negatives: losses.noise_contrastive(e, x, negatives, wide(x), 1.0),
+        lambda: points((N, 2), (M, 2)),
+        rows="ab",
+        cost=(2, N + M),
+        blocked=(1,),
+        invariant=False,  # log Z is given
+    ),
+    "ranking_noise_contrastive": Case(
+        lambda e, x, negatives: losses.ranking_noise_contrastive(e, x, negatives, wide(x)),
+        lambda: points((N, 2), (M, 1, 2)),
+        rows="ab",
+        cost=(2, N + M),
+        blocked=(1,),
+    ),
+    "energy_discrepancy": Case(
+        lambda e, x, p: losses.energy_discrepancy(e, x, p.movedim(1, 0)),
+        lambda: points((N, 2), (N, 3, 2)),
+        rows="aa",
+        cost=(2, N + 3 * N),
+        blocked=(1,),
+    ),
+}
 RECONSTRUCTION = {}
 DISCRETE = {}
 EMBEDDING = {}
@@ -96,4 +153,5 @@ LOSSES = {
     **DISCRETE,
     **EMBEDDING,
 }
-NOT_OF_AN_ENERGY: set[str] = set()  # names of ebm.losses that are tested elsewhere only
+# Names of ebm.losses that are tested elsewhere only.
+NOT_OF_AN_ENERGY = {"denoising_autoencoder", "flow_contrastive", "masked_autoencoder"}

@@ -7,6 +7,18 @@ from torch import Tensor
 from pyro_ebm.energy import Energy, describe
 
 
+def energies(energy: Energy, *parts: Tensor) -> Tensor:
+    """Return the energies of points, of one or several parts.
+
+    Raises:
+        ValueError: If there are no points.
+    """
+    for part in parts:
+        if not part.numel():
+            raise ValueError(f"points must not be empty, got the shape {tuple(part.shape)}")
+    return energy(*parts)
+
+
 def mean_energy(energy: Energy, x: Tensor, log_weight: Tensor | None = None) -> Tensor:
     """Return the mean energy of points, or their mean under weights that sum to one.
 
@@ -24,3 +36,12 @@ def mean_energy(energy: Energy, x: Tensor, log_weight: Tensor | None = None) -> 
             f"{tuple(value.shape)}, got {tuple(log_weight.shape)}"
         )
     return (log_weight.detach().flatten().softmax(0) * value.flatten()).sum()
+
+
+def check_like(name: str, value: Tensor, x: Tensor) -> None:
+    """Refuse what should have the shape of points, perhaps after dimensions of its own."""
+    if not x.numel() or value.shape[max(value.dim() - x.dim(), 0) :] != x.shape:
+        raise ValueError(
+            f"{name} must have the shape of the points, not empty, after dimensions of its own, "
+            f"got {tuple(value.shape)} for points of shape {tuple(x.shape)}"
+        )
