@@ -48,7 +48,7 @@ class Case(NamedTuple):
     cost: tuple[int, int]
     blocked: tuple[int, ...] = ()
     invariant: bool = True  # to a constant that is added to the energy
-    exact_gradient: bool = True  # whether the gradient is that of the value
+    exact_gradient: bool = True  # whether the gradient is that of the value; else it alone counts
     energy: Callable[[], nn.Module] = Smooth
 
 
@@ -83,9 +83,106 @@ CONTRASTIVE = {
         cost=(2, N + M),
         blocked=(1, 2),
     ),
+    "maximum_likelihood": Case(
+        lambda e, x, s: losses.maximum_likelihood(e, x, torch.logsumexp(-e(s), 0)),
+        lambda: points((N, 2), (M, 2)),  # the second as if they were all states
+        rows="a.",
+        cost=(2, N + M),
+    ),
+    "maximum_likelihood, conditional": Case(
+        lambda e, x, s: losses.maximum_likelihood(e, x, torch.logsumexp(-e(s), 1)),
+        lambda: points((N, 2), (N, M, 2)),
+        rows="aa",
+        cost=(2, N + M * N),
+    ),
+    "improved_contrastive_divergence": Case(
+        lambda e, x, start: losses.improved_contrastive_divergence(e, x, *moved(e, start)),
+        lambda: points((N, 2), (M, 2)),
+        rows="ab",
+        cost=(4, N + 3 * M),
+        exact_gradient=False,
+    ),
+    "two_phase": Case(
+        losses.two_phase,
+        lambda: points((N, 2), (N, 3), (M, 2), (M, 3)),
+        rows="aabb",
+        cost=(2, N + M),
+        blocked=(1, 2, 3),
+        energy=lambda: Smooth(5),
+    ),
+    "two_phase, weighted": Case(
+        lambda e, x, z, negatives, z_negatives, w, v: losses.two_phase(
+            e, x, z.movedim(1, 0), negatives, z_negatives, z_log_weight=w.T, log_weight=v
+        ),
+        lambda: points((N, 2), (N, 4, 3), (M, 2), (M, 3), (N, 4), (M,)),
+        rows="aabbab",
+        cost=(2, 4 * N + M),
+        blocked=(1, 2, 3, 4, 5),
+        energy=lambda: Smooth(5),
+    ),
+    "energy_l2": Case(
+        losses.energy_l2,
+        lambda: points((N, 2), (M, 2)),
+        rows="ab",
+        cost=(2, N + M),
+        blocked=(1,),
+        invariant=False,
+    ),
 }
-MARGIN = {}
-ADVERSARIAL = {}
+
+
+def moved(energy, start):
+    """Return points after a step down the energy, with its graph, and a stand-in for entropy."""
+    with torch.enable_grad():
+        x = start if start.requires_grad else start.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+        x = x - 0.1 * slope
+        return x, losses.nearest_neighbor_entropy(x, 3)
+
+
+def of_answers(loss, invariant=True):
+    """Return a loss of points, right answers and answers for all."""
+    return Case(
+        loss,
+        lambda: points((N, 2), (N, 3), (M, 3)),
+        rows="aab",
+        cost=(2, N + N * M),
+        invariant=invariant,
+        energy=lambda: Smooth(5),
+    )
+
+
+MARGIN = {
+    "energy_loss": Case(
+        losses.energy_loss,
+        lambda: points((N, 2), (N, 3)),
+        rows="aa",
+        cost=(1, N),
+        invariant=False,
+        energy=lambda: Smooth(5),
+    ),
+    "perceptron": of_answers(losses.perceptron),
+    "hinge": of_answers(losses.hinge),
+    "log_loss": of_answers(losses.log_loss),
+    "lvq2": of_answers(lambda *parts: losses.lvq2(*parts, ceiling=5.0)),
+    "minimum_classification_error": of_answers(losses.minimum_classification_error),
+    "square_square": of_answers(losses.square_square, invariant=False),
+    "square_exponential": of_answers(losses.square_exponential, invariant=False),
+    "negative_log_likelihood": of_answers(losses.negative_log_likelihood),
+    "negative_log_likelihood, cold": of_answers(
+        lambda *parts: losses.negative_log_likelihood(*parts, beta=20.0)
+    ),
+    "minimum_empirical_error": of_answers(losses.minimum_empirical_error),
+}
+ADVERSARIAL = {
+    "adversarial_generator": Case(
+        lambda e, start: losses.adversarial_generator(e, *moved(e, start)),
+        lambda: points((M, 2)),
+        rows="a",
+        cost=(2, 2 * M),
+        exact_gradient=False,
+    ),
+}
 SCORE = {
     "score_matching": Case(
         losses.score_matching, lambda: points((N, 2)), rows="a", cost=(1, N), blocked=(0,)
@@ -140,7 +237,28 @@ NOISE = {
     ),
 }
 RECONSTRUCTION = {}
-DISCRETE = {}
+DISCRETE = {
+    name: Case(
+        getattr(losses, name),
+        lambda: bits((N, 2)),
+        rows="a",
+        cost=(2, N + 2 * N),
+        blocked=(0,),
+    )
+    for name in (
+        "concrete_score_matching",
+        "minimum_probability_flow",
+        "pseudo_likelihood",
+        "ratio_matching",
+    )
+}
+DISCRETE["pseudo_likelihood, weighted"] = Case(
+    lambda e, x, w: losses.pseudo_likelihood(e, x, log_weight=w),
+    lambda: (*bits((N, 2)), *points((N,))),
+    rows="aa",
+    cost=(2, N + 2 * N),
+    blocked=(0, 1),
+)
 EMBEDDING = {}
 
 LOSSES = {
@@ -154,4 +272,9 @@ LOSSES = {
     **EMBEDDING,
 }
 # Names of ebm.losses that are tested elsewhere only.
-NOT_OF_AN_ENERGY = {"denoising_autoencoder", "flow_contrastive", "masked_autoencoder"}
+NOT_OF_AN_ENERGY = {
+    "denoising_autoencoder",
+    "flow_contrastive",
+    "masked_autoencoder",
+    "nearest_neighbor_entropy",
+}
