@@ -9,6 +9,7 @@ from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
 from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
 from pyro_ebm.minimize import Minimum, MinimumWarning, minimize
+from pyro_ebm.monitor import Monitor, TrainingError, TrainingWarning
 from pyro_ebm.negatives import Negatives
 from pyro_ebm.partition import (
     Estimate,
@@ -39,11 +40,14 @@ __all__ = [
     "LogPartition",
     "Minimum",
     "MinimumWarning",
+    "Monitor",
     "Negatives",
     "SamplingError",
     "Scaled",
     "Sum",
     "Tempered",
+    "TrainingError",
+    "TrainingWarning",
     "UnnormalizedError",
     "UnnormalizedWarning",
     "audit",

@@ -1,0 +1,234 @@
+"""The signs of failing training, each a rule on the numbers of the last looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+History = Mapping[str, Sequence[float]]
+LOOKS = 3  # a sign must show itself in so many looks in a row, unless one is proof
+
+
+def find(history: History) -> dict[str, str]:
+    """Return what is wrong at the last look: kind -> what was seen and what to do.
+
+    The symptoms of what is found are left out: they would mislead.
+    """
+    found = {kind: text for kind, rule in RULES.items() if (text := rule(history))}
+    hidden = {symptom for kind in found for symptom in SYMPTOMS.get(kind, ())}
+    return {kind: text for kind, text in found.items() if kind not in hidden}
+
+
+def _last(history: History, name: str, count: int = LOOKS) -> list[float]:
+    """Return the last numbers; where one is missing, NaN, which no comparison holds for."""
+    values = history[name][-count:]
+    known = len(values) == count and all(v == v for v in values)
+    return list(values) if known else [float("nan")] * count
+
+
+def _grows(values: Sequence[float], factor: float) -> bool:
+    return all(b > factor * a for a, b in zip(values, values[1:], strict=False))
+
+
+def _blow_up(history: History) -> str | None:
+    """Numbers that grow by half at each look, to where no sound run is."""
+    looks = zip(*(history[name][-4:] for name in SIZES), strict=True)
+    size = [max((abs(v) for v in look if v == v), default=0.0) for look in looks]
+    (dim,) = _last(history, "dim", 1)
+    if len(size) == 4 and _grows(size, 1.5) and size[-1] > 100 * (1 + dim**0.5):
+        return (
+            f"energies grow exponentially: {_list(size)} at the last looks. Lower the learning "
+            "rate, clip gradients, or hold the energies down by losses.energy_l2 or spectral_norm"
+        )
+    gradient = _last(history, "gradient", 4)
+    first = min((v for v in history["gradient"][:-3] if v == v), default=float("nan"))
+    if _grows(gradient, 1.5) and gradient[-1] > 100 * first:
+        return (
+            f"gradients grow exponentially: their norms are {_list(gradient)} at the last looks. "
+            "Lower the learning rate, or clip gradients"
+        )
+    return None
+
+
+def _frozen(history: History) -> str | None:
+    rate, move = _last(history, "acceptance", 2), _last(history, "movement")
+    still = _last(history, "still")
+    if max(rate) < 0.01:
+        seen = f"moves are accepted with a probability of {rate[-1]:.2g}"
+    elif min(still) > 0.98:
+        seen = f"{still[-1]:.0%} of them did not move at all in an update"
+    elif max(move) < 1e-3:
+        seen = f"they move by {move[-1]:.2g} of the data's spread in an update"
+    else:
+        return None
+    return (
+        f"the chains are frozen: {seen}. Change their step (smaller where moves are rejected, "
+        "larger where they are made), or start them anew"
+    )
+
+
+def _saturated(history: History) -> str | None:
+    bounded, stuck = _last(history, "bounded", 2), _last(history, "stuck", 2)
+    if min(bounded) > 0.5:
+        seen = f"{bounded[-1]:.0%} more of their components than of the data's are at the walls"
+    elif min(stuck) > 0.9:
+        seen = f"all chains have the same value in {stuck[-1]:.0%} of the components"
+    else:
+        return None
+    return (
+        f"the chains are saturated: {seen}. The energy is too steep for its parameters' learning "
+        "rate: lower it, use weight decay, and start the chains anew"
+    )
+
+
+def _runaway(history: History) -> str | None:
+    radius, energy = _last(history, "radius"), _last(history, "energy_negatives")
+    falls = all(b < a for a, b in zip(energy, energy[1:], strict=False))
+    if falls and _grows(radius, 1.1) and radius[-1] > 3:
+        return (
+            f"the energy has no normaliser: the negatives run away, to {radius[-1]:.3g} times the "
+            f"data's reach, while their energy falls: {_list(energy)}. Give it a proper base, or "
+            "a term that grows in all directions"
+        )
+    return None
+
+
+def _far(history: History) -> str | None:
+    radius = _last(history, "radius")
+    if min(radius) > 3:
+        return (
+            f"the negatives are far outside the data: half of them beyond {radius[-1]:.3g} times "
+            "the data's reach, where they teach nothing. Start the chains at the data or a base "
+            "like it, and let them make more or larger moves"
+        )
+    return None
+
+
+def _flat(history: History) -> str | None:
+    spread = _last(history, "spread", 4)
+    if max(spread) < 1e-3 and spread[-1] < 1.5 * max(spread[0], 1e-300):
+        return (
+            f"the energy is flat: it varies by {spread[-1]:.2g} nats over data and negatives and "
+            "does not grow. Look for dead units, too strong a penalty or too low a learning rate"
+        )
+    return None
+
+
+def _gap(history: History) -> str | None:
+    gap = _last(history, "gap")
+    if min(map(abs, gap)) > 3:
+        above = "above" if gap[-1] > 0 else "below"
+        return (
+            f"the energies of the negatives are {abs(gap[-1]):.3g} sd {above} those of the data: "
+            "learning tells them apart and no longer compares densities. Make more moves a step, "
+            "or lower the learning rate"
+        )
+    return None
+
+
+def _short(history: History) -> str | None:
+    move, drift, error = (_last(history, n) for n in ("movement", "drift", "drift_error"))
+    if all(abs(d) > max(0.5, 5 * e) for d, e in zip(drift, error, strict=True)):
+        seen = f"in the second half of their moves their energy changes by {drift[-1]:+.2g} sd"
+    elif max(move) < 0.04:
+        turnover = 2 / move[-1] ** 2 if move[-1] else float("inf")
+        seen = f"at their pace they need about {turnover:.0f} updates to cross the data's spread"
+    else:
+        return None
+    return (
+        f"the chains are too short for their mixing time: {seen}. What is learned is a "
+        "short-run sampler, not the density. Make more or larger moves"
+    )
+
+
+def _temperature(history: History) -> str | None:
+    (value,) = _last(history, "temperature", 1)
+    if value < 0.5 or value > 2:
+        return (
+            f"the negatives are samples at the temperature {value:.3g}, not 1: noise^2 over twice "
+            "the step. What is learned is that sampler, not a density. Leave noise_scale out"
+        )
+    return None
+
+
+def _curvature(history: History) -> str | None:
+    (value,) = _last(history, "curvature", 1)
+    if value > 1e4:
+        return (
+            f"the data lie in canyons: the largest curvature is {value:.3g} in units of their "
+            f"spread, a width of {value**-0.5:.2g} of it. Add noise to the data, or a penalty"
+        )
+    if max(_last(history, "curvature", 2)) < 1e-6 and history["gap"][-1] != history["gap"][-1]:
+        return (
+            f"the curvature on the data vanishes: {value:.2g} in units of their spread, so that "
+            "score matching learns nothing. Use smooth units (SiLU, not ReLU)"
+        )
+    return None
+
+
+def _fallen(history: History, name: str) -> tuple[int, float]:
+    """Return since which look a likelihood has fallen, and by how much; 0.0 if it has not."""
+    known = [(i, v) for i, v in enumerate(history[name]) if v == v]
+    if not known or known[-1][0] != len(history[name]) - 1:
+        return 0, 0.0
+    best, value = max(known, key=lambda pair: pair[1])
+    drop = value - known[-1][1]
+    errors = history[f"{name}_error"]
+    noise = 3 * (errors[best] ** 2 + errors[-1] ** 2) ** 0.5
+    return best, drop if drop > max(0.05, noise, 0.1 * (value - known[0][1])) else 0.0
+
+
+def _overfitting(history: History) -> str | None:
+    best, drop = _fallen(history, "held_out")
+    rows = history["likelihood"]
+    if drop and rows[-1] > rows[best] - 0.5 * drop:
+        return (
+            f"overfitting: the held-out log-likelihood is {drop:.3g} nats below its best, at step "
+            f"{history['step'][best]:.0f}, and that of the training rows is not. Stop there, or "
+            "use weight decay, fewer parameters or more data"
+        )
+    return None
+
+
+def _falling(history: History) -> str | None:
+    for name, rows in (("held_out", "held-out rows"), ("likelihood", "training rows")):
+        best, drop = _fallen(history, name)
+        if drop:
+            return (
+                f"the log-likelihood of the {rows} is {drop:.3g} nats below its best, at step "
+                f"{history['step'][best]:.0f}: the negatives no longer follow the model. Use "
+                "persistent chains, more moves a step or a lower learning rate"
+            )
+    return None
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{v:.3g}" for v in values)
+
+
+SIZES = ("energy_data", "energy_negatives", "sd_data", "sd_negatives")
+RULES: dict[str, Callable[[History], str | None]] = {
+    "blow-up": _blow_up,
+    "frozen": _frozen,
+    "saturated": _saturated,
+    "runaway": _runaway,
+    "flat": _flat,
+    "far": _far,
+    "gap": _gap,
+    "short": _short,
+    "temperature": _temperature,
+    "curvature": _curvature,
+    "overfitting": _overfitting,
+    "falling": _falling,
+}
+# What follows from a cause, and would mislead beside it.
+SYMPTOMS = {
+    "blow-up": ("gap", "falling", "curvature"),
+    "frozen": ("short", "gap", "far", "saturated", "flat"),
+    "saturated": ("gap", "short", "frozen"),
+    "runaway": ("blow-up", "far", "gap", "short", "falling"),
+    "flat": ("short", "curvature"),
+    "far": ("gap", "short"),
+    "short": ("gap",),
+    "temperature": ("short", "gap", "saturated"),
+    "overfitting": ("falling",),
+}
