@@ -1,9 +1,10 @@
 """Markov kernels: pure functions on an immutable state, batched over chains."""
 
 from pyro_ebm.kernels.base import Dense, Diagonal, Kernel, MoveInfo, State, metropolis
-from pyro_ebm.kernels.discrete import gibbs
+from pyro_ebm.kernels.discrete import colouring, gibbs, metropolis_flips
 from pyro_ebm.kernels.exchange import ExchangeInfo, ExchangeState, exchange
 from pyro_ebm.kernels.hmc import TrajectoryInfo, hmc
+from pyro_ebm.kernels.informed import discrete_mala, gibbs_with_gradients
 from pyro_ebm.kernels.langevin import LangevinInfo, PhaseState, mala, sgld, ula, underdamped
 from pyro_ebm.kernels.nuts import NutsInfo, nuts
 from pyro_ebm.kernels.tempering import (
@@ -29,12 +30,16 @@ __all__ = [
     "TemperedState",
     "TrajectoryInfo",
     "adapt_ladder",
+    "colouring",
     "communication_barrier",
+    "discrete_mala",
     "exchange",
     "gibbs",
+    "gibbs_with_gradients",
     "hmc",
     "mala",
     "metropolis",
+    "metropolis_flips",
     "nuts",
     "sgld",
     "tempered",
