@@ -62,8 +62,8 @@ def start(energy: Energy, position: Tensor) -> State:
 
 def placed(position: Tensor, value: Tensor, grad: Tensor) -> State:
     """Make the state that :func:`start` describes of energies and gradients."""
-    finite = expand_like(value.isfinite(), grad) & grad.isfinite()
-    return State(position, value, torch.where(finite, grad, 0.0))
+    wall = expand_like(value * 0.0, grad)  # NaN where the energy is not finite
+    return State(position, value, (grad + wall).nan_to_num(0.0, 0.0, 0.0))
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
@@ -102,7 +102,7 @@ def sum_event(x: Tensor, like: Tensor) -> Tensor:
 
 def impossible(energy: Tensor) -> Tensor:
     """Whether energies are NaN or minus infinity, which no density has."""
-    return energy.isnan() | (energy == -torch.inf)
+    return ~(energy > -torch.inf)
 
 
 def accept(log_ratio: Tensor, invalid: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,8 +110,7 @@ def accept(log_ratio: Tensor, invalid: Tensor, u: Tensor | None = None) -> tuple
 
     What is ``invalid``, and a ratio that is NaN, is rejected. ``u`` are uniform random numbers.
     """
-    possible = ~(invalid | log_ratio.isnan())
-    accept_prob = torch.where(possible, log_ratio.clamp(max=0.0).exp(), 0.0)
+    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).masked_fill(invalid, 0.0)
     return accept_prob, (torch.rand_like(accept_prob) if u is None else u) < accept_prob
 
 

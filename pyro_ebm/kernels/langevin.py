@@ -58,19 +58,10 @@ def _per_chain(value: float | Tensor, energy: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=energy.dtype, device=energy.device).expand(energy.shape)
 
 
-def _propose(
-    energy: Energy, state: State, step_size: float | Tensor, noise_scale: float | Tensor | None
-) -> tuple[State, Tensor, Tensor]:
-    """Return the Euler step of the Langevin equation, the step per event and the temperature."""
-    step = _per_chain(step_size, state.energy)
-    wide = expand_like(step, state.position)
-    if noise_scale is None:
-        sigma, temperature = (2 * wide).sqrt(), torch.ones_like(step)
-    else:
-        scale = _per_chain(noise_scale, state.energy)
-        sigma, temperature = expand_like(scale, state.position), scale.square() / (2 * step)
-    noise = torch.randn_like(state.position)
-    return start(energy, state.position - wide * state.grad + sigma * noise), wide, temperature
+def _propose(energy: Energy, state: State, wide: Tensor, sigma: Tensor, noise: Tensor) -> State:
+    """Return the Euler step of the Langevin equation; ``wide`` are steps per component."""
+    drifted = torch.addcmul(state.position, wide, state.grad, value=-1.0)
+    return start(energy, torch.addcmul(drifted, sigma, noise))
 
 
 def ula(
@@ -113,7 +104,11 @@ def ula(
         check_positive("noise_scale", noise_scale)
 
     def step(state: State) -> tuple[State, LangevinInfo]:
-        new, _, temperature = _propose(energy, state, step_size, noise_scale)
+        size = _per_chain(step_size, state.energy)
+        sigma = (2 * size).sqrt() if noise_scale is None else _per_chain(noise_scale, size)
+        temperature = torch.ones_like(size) if noise_scale is None else sigma**2 / (2 * size)
+        wide, sigma = expand_like(size, state.position), expand_like(sigma, state.position)
+        new = _propose(energy, state, wide, sigma, torch.randn_like(state.position))
         moved = new.energy.isfinite()
         kept = choose(moved, new, state)
         made = moved.to(kept.energy.dtype)
@@ -210,13 +205,12 @@ def mala(energy: Energy, step_size: float | Tensor) -> Kernel:
     check_positive("step_size", step_size)
 
     def step(state: State) -> tuple[State, MoveInfo]:
-        new, wide, _ = _propose(energy, state, step_size, None)
-
-        def log_forward(a: State, b: State) -> Tensor:
-            drift = b.position - a.position + wide * a.grad
-            return -sum_event(drift.square() / (4 * wide), state.energy)
-
-        return metropolis(state, new, log_forward(new, state) - log_forward(state, new))
+        wide = expand_like(_per_chain(step_size, state.energy), state.position)
+        sigma, noise = (2 * wide).sqrt(), torch.randn_like(state.position)
+        new = _propose(energy, state, wide, sigma, noise)
+        # It is a leapfrog step of length sigma: the noise is the momentum, this its change.
+        kick = 0.5 * sigma * (state.grad + new.grad)
+        return metropolis(state, new, sum_event(kick * (noise - 0.5 * kick), state.energy))
 
     return Kernel(functools.partial(start, energy), step)
 
