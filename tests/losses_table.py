@@ -259,7 +259,15 @@ DISCRETE["pseudo_likelihood, weighted"] = Case(
     cost=(2, N + 2 * N),
     blocked=(0, 1),
 )
-EMBEDDING = {}
+EMBEDDING = {
+    "info_nce": Case(
+        losses.info_nce,
+        lambda: points((N, 2), (N, 1)),
+        rows="aa",
+        cost=(1, N * N),
+        energy=lambda: Smooth(3),
+    ),
+}
 
 LOSSES = {
     **CONTRASTIVE,
@@ -273,8 +281,13 @@ LOSSES = {
 }
 # Names of ebm.losses that are tested elsewhere only.
 NOT_OF_AN_ENERGY = {
+    "barlow_twins",
     "denoising_autoencoder",
     "flow_contrastive",
     "masked_autoencoder",
+    "nca",
     "nearest_neighbor_entropy",
+    "nt_xent",
+    "siamese",
+    "triplet",
 }

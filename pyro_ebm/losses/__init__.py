@@ -21,6 +21,14 @@ from pyro_ebm.losses.discrete import (
     pseudo_likelihood,
     ratio_matching,
 )
+from pyro_ebm.losses.embedding import (
+    barlow_twins,
+    info_nce,
+    nca,
+    nt_xent,
+    siamese,
+    triplet,
+)
 from pyro_ebm.losses.margin import (
     hinge,
     log_loss,
@@ -45,6 +53,7 @@ from pyro_ebm.losses.score import (
 
 __all__ = [
     "adversarial_generator",
+    "barlow_twins",
     "concrete_score_matching",
     "contrastive_divergence",
     "denoising_autoencoder",
@@ -55,6 +64,7 @@ __all__ = [
     "flow_contrastive",
     "hinge",
     "improved_contrastive_divergence",
+    "info_nce",
     "log_loss",
     "lvq2",
     "masked_autoencoder",
@@ -63,16 +73,20 @@ __all__ = [
     "minimum_empirical_error",
     "minimum_probability_flow",
     "multi_level_denoising_score_matching",
+    "nca",
     "nearest_neighbor_entropy",
     "negative_log_likelihood",
     "noise_contrastive",
+    "nt_xent",
     "perceptron",
     "pseudo_likelihood",
     "ranking_noise_contrastive",
     "ratio_matching",
     "score_matching",
+    "siamese",
     "sliced_score_matching",
     "square_exponential",
     "square_square",
+    "triplet",
     "two_phase",
 ]

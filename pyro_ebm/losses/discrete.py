@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm.energy import Energy, describe, differentiable
+from pyro_ebm.losses.base import check_weights, energies, weighted_mean
 
 
 def pseudo_likelihood(
@@ -63,7 +64,7 @@ def pseudo_likelihood(
     rise = _rises(energy, x, values, linear=linear, chunk_size=chunk_size)
     # With the point itself the sum is never empty, even where all its neighbours are walls.
     logits = torch.cat([torch.zeros_like(rise[:, :1]), -rise], 1)
-    return _mean(logits.logsumexp(1).sum(0), log_weight)
+    return _mean(energy, logits.logsumexp(1).sum(0), log_weight)
 
 
 def ratio_matching(
@@ -112,7 +113,7 @@ def ratio_matching(
         tensor(0.3757, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
-    return _mean(torch.sigmoid(-rise).square().sum((0, 1)), log_weight)
+    return _mean(energy, torch.sigmoid(-rise).square().sum((0, 1)), log_weight)
 
 
 def minimum_probability_flow(
@@ -162,7 +163,7 @@ def minimum_probability_flow(
         tensor(1.7342, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
-    return _mean((-0.5 * rise).exp().sum((0, 1)), log_weight)
+    return _mean(energy, (-0.5 * rise).exp().sum((0, 1)), log_weight)
 
 
 def concrete_score_matching(
@@ -215,19 +216,15 @@ def concrete_score_matching(
         tensor(-0.6770, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
-    return _mean(((-2.0 * rise).exp() - 2.0 * rise.exp() + 1.0).sum((0, 1)), log_weight)
+    return _mean(energy, ((-2.0 * rise).exp() - 2.0 * rise.exp() + 1.0).sum((0, 1)), log_weight)
 
 
-def _mean(value: Tensor, log_weight: Tensor | None) -> Tensor:
+def _mean(energy: Energy, value: Tensor, log_weight: Tensor | None) -> Tensor:
     """Return the mean over the data, or that under weights."""
     if log_weight is None:
         return value.mean()
-    if log_weight.shape != value.shape:
-        raise ValueError(
-            f"log_weight must have one number per point, {tuple(value.shape)}, "
-            f"got {tuple(log_weight.shape)}"
-        )
-    return (log_weight.detach().flatten().softmax(0) * value.flatten()).sum()
+    check_weights(energy, value, log_weight)
+    return weighted_mean(value.flatten(), log_weight.flatten())
 
 
 def _rises(
@@ -244,14 +241,12 @@ def _rises(
     The m neighbours in each of the d components come in the order of ``values``, from the next
     one on. They are NaN in a component whose value is none of them.
     """
-    if not x.numel():
-        raise ValueError(f"points must not be empty, got the shape {tuple(x.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     x = x.detach()
     values = torch.arange(2).to(x) if values is None else values
     values = values.reshape(len(values), -1)  # shape: (K, p), a component has p numbers
-    value, slope = _value_and_slope(energy, x) if linear else (energy(x), None)
+    value, slope = _value_and_slope(energy, x) if linear else (energies(energy, x), None)
     sites = x.reshape(value.numel(), -1, values.shape[-1])  # shape: (n, d, p)
     others, known = _others(sites, values, cycle)
     if slope is None:
@@ -308,7 +303,7 @@ def _value_and_slope(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     keep = torch.is_grad_enabled()
     with differentiable():
         point = x.clone().requires_grad_()
-        value = energy(point)
+        value = energies(energy, point)
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=keep)
     return value if keep else value.detach(), slope
 
