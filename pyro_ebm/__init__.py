@@ -4,7 +4,7 @@ from pyro_ebm import energy, infer, kernels, losses, partition, zoo
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning
 from pyro_ebm.diagnostics import ConvergenceWarning, to_arviz
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
-from pyro_ebm.energy import Energy, Given, Scaled, Sum, force
+from pyro_ebm.energy import Clamped, Energy, Given, Scaled, Sum, force
 from pyro_ebm.factor_graph import FactorGraph
 from pyro_ebm.free_energy import FreeEnergy, FreeEnergyEstimate
 from pyro_ebm.infer import HMC, MALA, MCMC, NUTS, ChEES, Exchange, SamplingError, Tempered, audit
@@ -27,6 +27,7 @@ __all__ = [
     "MCMC",
     "NUTS",
     "ChEES",
+    "Clamped",
     "ConvergenceWarning",
     "Energy",
     "Exchange",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Energy", "Given", "Scaled", "Sum", "force"]
+__all__ = ["Clamped", "Energy", "Given", "Scaled", "Sum", "force"]
 
 Energy = Callable[..., Tensor]
 """A map from points ``(*batch, *event)`` to energies ``(*batch,)``; low energy is likely."""
@@ -123,9 +123,77 @@ class Given(_Algebra):
         return self.energies[0](*parts, **self.named, **named)
 
 
+class Clamped(_Algebra):
+    r"""An energy with some components of its points given: conditioning and completion.
+
+    .. math:: E(z \mid y) = E(x), \quad x_i = y_i \text{ where observed, else the next of } z
+
+    Its points are the components that are free, in their order: any kernel moves them, and a
+    :class:`~pyro_ebm.GibbsBoltzmann` over them is the conditional law. The batch of ``x`` becomes
+    batch of that distribution. For parts that are arguments of the energy there is :class:`Given`.
+
+    Args:
+        energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``.
+        x: Points ``(*batch, *event)``, of which the observed components count.
+        observed: Which components are given: booleans of the shape of the event; ``(n, 1)`` for
+            one-hot points ``(n, K)``, whose rows are observed as a whole, and so on.
+
+    Raises:
+        TypeError: If the energy is not callable, or ``observed`` not boolean.
+        ValueError: If ``observed`` has not the shape of the event.
+
+    Example:
+        >>> E = lambda x: (x[..., 0] - x[..., 1]).square() + x[..., 2].square()
+        >>> x, observed = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([True, False, True])
+        >>> energy = Clamped(E, x, observed)
+        >>> energy(torch.tensor([0.5])), energy.complete(torch.tensor([0.5]))
+        (tensor(4.2500), tensor([1.0000, 0.5000, 2.0000]))
+    """
+
+    def __init__(self, energy: Energy, x: Tensor, observed: Tensor) -> None:
+        super().__init__(energy)
+        if observed.dtype != torch.bool:
+            raise TypeError(f"observed must be boolean, got {observed.dtype}")
+        own, event = list(observed.shape), x.shape[x.dim() - observed.dim() :]
+        num = len(own)
+        while num and own[num - 1] == 1 != event[num - 1]:
+            num -= 1  # a dimension of vectors
+        if own[:num] != list(event[:num]):
+            raise ValueError(
+                "observed must have the shape of the event, with ones for that of vectors, got "
+                f"{tuple(own)} for points of shape {tuple(x.shape)}"
+            )
+        self.shape, self.atom = event, event[num:]
+        order = observed.flatten().to(torch.int8).argsort(stable=True)  # the free ones first
+        self.place, self.num_free = order.argsort(), int((~observed).sum())
+        self.kept = self._flat(x).index_select(-1 - len(self.atom), order[self.num_free :])
+        self.order = order[: self.num_free]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.dim() - len(self.shape)]
+        return x.reshape(*batch, -1, *self.atom)
+
+    def free(self, x: Tensor) -> Tensor:
+        """Return the free components ``(*batch, num_free)`` of points."""
+        return self._flat(x).index_select(-1 - len(self.atom), self.order)
+
+    def complete(self, z: Tensor) -> Tensor:
+        """Return whole points ``(*batch, *event)`` of their free components."""
+        dim = -1 - len(self.atom)
+        batch = torch.broadcast_shapes(z.shape[:dim], self.kept.shape[:dim])
+        parts = (part.expand(*batch, *part.shape[dim:]) for part in (z, self.kept))
+        return (
+            torch.cat(list(parts), dim).index_select(dim, self.place).reshape(*batch, *self.shape)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the energy of points with these free components."""
+        return self.energies[0](self.complete(z))
+
+
 def is_conditional(energy: object) -> bool:
     """Whether an energy has given parts, whose batch it brings along."""
-    if isinstance(energy, Given):
+    if isinstance(energy, Given | Clamped):
         return True
     return isinstance(energy, _Algebra) and any(map(is_conditional, energy.energies))
 

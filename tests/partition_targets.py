@@ -18,9 +18,7 @@ from pyro.distributions import constraints
 from scipy import integrate, special
 
 import pyro_ebm as ebm
-from pyro_ebm.energy import value_and_grad
-from pyro_ebm.kernels.base import Kernel, MoveInfo
-from pyro_ebm.kernels.discrete import SpinState
+from pyro_ebm.kernels import gibbs
 
 F64 = torch.float64
 CRITICAL = 2 / math.log(1 + math.sqrt(2))  # the temperature of the infinite square lattice
@@ -238,27 +236,9 @@ def checkerboard(size):
 
 
 def heat_bath(potential, blocks):
-    """Gibbs sampling of zeros and ones, a block of independent components at a time.
-
-    Within a block the potential must be linear in each component alone, so that one gradient has
-    the log-odds of all of them. On a checkerboard, or the layers of a Boltzmann machine, a sweep
-    costs two gradients.
-    """
-
-    def init(position):
-        return SpinState(position, potential(position))
-
-    def step(state):
-        x = state.position
-        for block in blocks:
-            odds = -value_and_grad(potential, x)[1]
-            drawn = (torch.rand_like(x) < odds.sigmoid()).to(x)
-            x = torch.where(block, drawn, x)
-        new = init(x)
-        ones = torch.ones_like(new.energy)
-        return new, MoveInfo(new.energy, ones, ones.bool(), ~ones.bool())
-
-    return Kernel(init, step)
+    """Gibbs sampling of zeros and ones, a block of independent components at a time."""
+    values = torch.tensor([0.0, 1.0], dtype=F64)
+    return gibbs(potential, values, blocks=blocks, conditionals="affine", check=False)
 
 
 HIDDEN, VISIBLE = 12, 20

@@ -1,11 +1,20 @@
 """Markov kernels: pure functions on an immutable state, batched over chains."""
 
-from pyro_ebm.kernels.base import Dense, Diagonal, Kernel, MoveInfo, State, metropolis
+from pyro_ebm.kernels.base import (
+    Dense,
+    Diagonal,
+    Kernel,
+    MoveInfo,
+    PointState,
+    State,
+    metropolis,
+)
 from pyro_ebm.kernels.discrete import colouring, gibbs, metropolis_flips
 from pyro_ebm.kernels.exchange import ExchangeInfo, ExchangeState, exchange
 from pyro_ebm.kernels.hmc import TrajectoryInfo, hmc
 from pyro_ebm.kernels.informed import discrete_mala, gibbs_with_gradients
 from pyro_ebm.kernels.langevin import LangevinInfo, PhaseState, mala, sgld, ula, underdamped
+from pyro_ebm.kernels.mixed import MixedInfo, MixedState, augmented, mixed
 from pyro_ebm.kernels.nuts import NutsInfo, nuts
 from pyro_ebm.kernels.tempering import (
     TemperedInfo,
@@ -22,14 +31,18 @@ __all__ = [
     "ExchangeState",
     "Kernel",
     "LangevinInfo",
+    "MixedInfo",
+    "MixedState",
     "MoveInfo",
     "NutsInfo",
     "PhaseState",
+    "PointState",
     "State",
     "TemperedInfo",
     "TemperedState",
     "TrajectoryInfo",
     "adapt_ladder",
+    "augmented",
     "colouring",
     "communication_barrier",
     "discrete_mala",
@@ -40,6 +53,7 @@ __all__ = [
     "mala",
     "metropolis",
     "metropolis_flips",
+    "mixed",
     "nuts",
     "sgld",
     "tempered",

@@ -37,6 +37,13 @@ class State(NamedTuple):
     grad: Tensor
 
 
+class PointState(NamedTuple):
+    """Chains without a gradient: their ``position`` and ``energy`` ``(*chains,)``."""
+
+    position: Tensor
+    energy: Tensor
+
+
 class MoveInfo(NamedTuple):
     """The record of a move, each of shape ``(*chains,)``.
 

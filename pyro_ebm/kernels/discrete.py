@@ -23,7 +23,14 @@ from pyro_ebm._sites import (
     take,
 )
 from pyro_ebm.energy import Energy, describe, value_and_grad
-from pyro_ebm.kernels.base import Kernel, MoveInfo, check_count, impossible, metropolis
+from pyro_ebm.kernels.base import (
+    Kernel,
+    MoveInfo,
+    PointState,
+    check_count,
+    impossible,
+    metropolis,
+)
 
 Conditionals = str | Sequence[Callable[[Tensor], Tensor]]
 
@@ -32,13 +39,6 @@ MAX_NUMBERS = 1 << 22
 
 ROUNDING = 1e3
 """Energies and conditionals may differ by this many units in the last place of the energies."""
-
-
-class SpinState(NamedTuple):
-    """Chains: their ``position`` and ``energy`` ``(*chains,)``."""
-
-    position: Tensor
-    energy: Tensor
 
 
 def gibbs(
@@ -109,7 +109,7 @@ def gibbs(
     rule = _rule(energy, values, conditionals, places)
     wide = places is not None and any(size_of(place) > 1 for place in places)
 
-    def layout(state: SpinState) -> tuple[int, list[Place]]:
+    def layout(state: PointState) -> tuple[int, list[Place]]:
         dim = state.energy.dim() if num_chain_dims is None else num_chain_dims
         if places is not None:
             return dim, places
@@ -117,14 +117,14 @@ def gibbs(
         return dim, [slice(i, i + 1) for i in range(num)]
 
     @torch.no_grad()
-    def init(position: Tensor) -> SpinState:
-        state = SpinState(position, energy(position))
+    def init(position: Tensor) -> PointState:
+        state = PointState(position, energy(position))
         if check and (wide or conditionals != "energies"):
             _check(energy, values, rule, state, layout(state))
         return state
 
     @torch.no_grad()
-    def step(state: SpinState) -> tuple[SpinState, MoveInfo]:
+    def step(state: PointState) -> tuple[PointState, MoveInfo]:
         dim, every = layout(state)
         x = state.position.clone(memory_format=torch.contiguous_format)
         flat = flat_sites(x, values, dim)  # a view
@@ -138,7 +138,9 @@ def gibbs(
             invalid |= bad
         value = energy(x)
         ones = torch.ones_like(value)
-        return SpinState(x, value), MoveInfo(value, ones, ones.bool(), invalid | impossible(value))
+        return PointState(x, value), MoveInfo(
+            value, ones, ones.bool(), invalid | impossible(value)
+        )
 
     return Kernel(init, step)
 
@@ -208,7 +210,7 @@ def _drawn(logits: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(
-    energy: Energy, values: Tensor, rule: Rule, state: SpinState, layout: tuple[int, list[Place]]
+    energy: Energy, values: Tensor, rule: Rule, state: PointState, layout: tuple[int, list[Place]]
 ) -> None:
     r"""Refuse conditionals that are not those of the energy: Metropolis would reject some moves.
 
@@ -239,7 +241,7 @@ class _Trial(NamedTuple):
     """A change of the components at a place to ``new`` ones."""
 
     energy: Energy
-    state: SpinState
+    state: PointState
     flat: Tensor
     place: Place
     new: Tensor
@@ -347,20 +349,20 @@ def metropolis_flips(energy: Energy, values: Tensor, *, num_flips: int = 1) -> K
     check_count("num_flips", num_flips, 1)
 
     @torch.no_grad()
-    def init(position: Tensor) -> SpinState:
-        state = SpinState(position, energy(position))
+    def init(position: Tensor) -> PointState:
+        state = PointState(position, energy(position))
         check_sites(flat_sites(position, values, state.energy.dim()), values)
         return state
 
     @torch.no_grad()
-    def step(state: SpinState) -> tuple[SpinState, MoveInfo]:
+    def step(state: PointState) -> tuple[PointState, MoveInfo]:
         dim = state.energy.dim()
         flat = flat_sites(state.position, values, dim)
         u = torch.rand(flat.shape[: dim + 1], device=flat.device)
         at = u.topk(num_flips, -1).indices  # shape: (*chains, num_flips)
         new = flip(flat, values, at, torch.randint_like(at, 1, len(values)))
         position = new.reshape(state.position.shape)
-        proposal = SpinState(position, energy(position))
+        proposal = PointState(position, energy(position))
         return metropolis(state, proposal, torch.zeros_like(state.energy))
 
     return Kernel(init, step)

@@ -156,6 +156,14 @@ class RBM(nn.Module):
         """Return the log-odds of visible units given the hidden ones."""
         return h @ self.weight.T + self.visible_bias
 
+    def sample_hidden(self, v: Tensor) -> Tensor:
+        """Draw hidden units given the visible ones."""
+        return _bernoulli(self.hidden_logits(v))
+
+    def sample_visible(self, h: Tensor) -> Tensor:
+        """Draw visible units given the hidden ones."""
+        return _bernoulli(self.visible_logits(h))
+
     def log_partition(self, beta: float | Tensor = 1.0) -> Tensor:
         r"""Return the exact log Z of the joint energy at an inverse temperature.
 
@@ -198,6 +206,11 @@ class RBM(nn.Module):
         chunks = torch.arange(1 << len(own), device=own.device).split(CHUNK)
         # A chunk is computed again for its gradient: else 2^20 states need gigabytes.
         return torch.stack([checkpoint(part, c, use_reentrant=False) for c in chunks]).logsumexp(0)
+
+
+def _bernoulli(logits: Tensor) -> Tensor:
+    logits = logits.detach()
+    return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
 
 
 def _hollow(coupling: Tensor) -> Tensor:
