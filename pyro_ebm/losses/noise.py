@@ -165,10 +165,10 @@ def energy_discrepancy(energy: Energy, x: Tensor, perturbed: Tensor, *, w: float
 
     Perturb each point once, to ``y``, and that one M times, all by the same symmetric move: on
     :math:`\mathbb{R}^d` add :math:`\sqrt{t}` times standard normal noise, on a finite support
-    move from state to state. With :math:`w = 1` it is :func:`ranking_noise_contrastive` with the
-    move from ``y`` as the noise, less ``log M``: least at the truth for every M. With
-    :math:`w = 0` that holds for :math:`M \to \infty` only, and the variance is large.
-    ``n (M + 1)`` energies, no derivatives in the points.
+    move from state to state. With :math:`w = 1` it is, up to ``log M``, the
+    :func:`ranking_noise_contrastive` of the posterior of ``x`` given ``y``, whose noise is the
+    move from ``y``: least at the truth for every M. With another :math:`w` that holds for
+    :math:`M \to \infty` only. ``n (M + 1)`` energies, no derivatives in the points.
 
     Args:
         energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``.

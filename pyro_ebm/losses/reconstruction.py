@@ -95,10 +95,11 @@ def masked_autoencoder(
         raise TypeError(f"mask must be of booleans, got {mask.dtype}")
     check_like("mask", mask, x)
     restored = reconstruct(x.masked_fill(mask, 0), mask)
-    error = (restored - x).square() if isinstance(restored, Tensor) else -restored.log_prob(x)
-    if error.shape != mask.shape:
+    shape = restored.shape if isinstance(restored, Tensor) else restored.batch_shape
+    if shape != mask.shape:
         raise ValueError(
             f"reconstruct must give one number or law per unit, {tuple(mask.shape)}, got "
-            f"{tuple(error.shape)}"
+            f"{tuple(shape)}"
         )
+    error = (restored - x).square() if isinstance(restored, Tensor) else -restored.log_prob(x)
     return torch.where(mask, error, 0.0).sum() / mask.sum()
