@@ -13,13 +13,13 @@ POWER_STEPS = 3  # a lower bound of the largest curvature, near enough to see a 
 Numbers = dict[str, Tensor]
 
 
-def energies(x: Tensor, negatives: Tensor | None, spread: Tensor) -> Numbers:
+def energies(x: Tensor, negatives: Tensor | None, plain: Tensor) -> Numbers:
     """Compare the energies of data ``(n,)`` and of negatives ``(m,)``.
 
-    ``spread`` are the energies of both without the base.
+    ``plain`` are the energies of both without the base.
     """
     found = {"energy_data": x.mean(), "sd_data": x.std(correction=0)}
-    found["spread"] = spread.std(correction=0)
+    found["spread"] = plain.std(correction=0)
     if negatives is not None:
         found["energy_negatives"] = negatives.mean()
         found["sd_negatives"] = negatives.std(correction=0)
@@ -43,16 +43,29 @@ def places(x: Tensor, negatives: Tensor, walls: tuple[Any, Any] | None) -> Numbe
     if walls is not None:
         found["bounded"] = _bounded(x, negatives, *walls)
         if x.shape == negatives.shape:  # chains that start at the data, all moves refused
-            found["still"] = (negatives == x).all(1).to(x.dtype).mean()
+            found["refused"] = (negatives == x).all(1).to(x.dtype).mean()
     return found
 
 
+def spread(x: Tensor) -> Tensor:
+    """Return the standard deviation of points over all components, a number for all of them."""
+    return _flat(x).var(0, correction=0).mean().sqrt()
+
+
 def movement(x: Tensor, before: Tensor, now: Tensor) -> Numbers:
-    """Say how far chains have moved in one update, in units of the data's spread."""
-    scale = _flat(x).var(0, correction=0).sum().sqrt()
+    """Say how far chains have moved in one update, in units of the data's spread.
+
+    Those that end where they began, at their data, have not been there for an update.
+    """
     step = (_flat(now) - _flat(before)).norm(dim=1)
-    still = (step == 0).to(step.dtype).mean()
-    return {"movement": step.square().mean().sqrt() / scale, "still": still}
+    still = step == 0
+    if now.shape == x.shape:
+        still &= (_flat(now) != _flat(x)).any(1)
+    scale = spread(x) * _flat(x).shape[1] ** 0.5
+    return {
+        "movement": step.square().mean().sqrt() / scale,
+        "still": still.to(step.dtype).mean(),
+    }
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -30,11 +30,13 @@ def _grows(values: Sequence[float], factor: float) -> bool:
 
 
 def _blow_up(history: History) -> str | None:
-    """Numbers that grow by half at each look, to where no sound run is."""
+    """Numbers that grow by half at each look, or threefold, to where no sound run is."""
     looks = zip(*(history[name][-4:] for name in SIZES), strict=True)
     size = [max((abs(v) for v in look if v == v), default=0.0) for look in looks]
     (dim,) = _last(history, "dim", 1)
-    if len(size) == 4 and _grows(size, 1.5) and size[-1] > 100 * (1 + dim**0.5):
+    far = _last(history, "radius", 4)[0] > 3  # chains lost before it began are another kind
+    grows = len(size) == 4 and (_grows(size, 1.5) or _grows(size[1:], 3.0))
+    if grows and size[-1] > 100 * (1 + dim**0.5) and not far:
         return (
             f"energies grow exponentially: {_list(size)} at the last looks. Lower the learning "
             "rate, clip gradients, or hold the energies down by losses.energy_l2 or spectral_norm"
@@ -51,11 +53,13 @@ def _blow_up(history: History) -> str | None:
 
 def _frozen(history: History) -> str | None:
     rate, move = _last(history, "acceptance", 2), _last(history, "movement")
-    still = _last(history, "still")
+    still, refused = _last(history, "still"), _last(history, "refused")
     if max(rate) < 0.01:
         seen = f"moves are accepted with a probability of {rate[-1]:.2g}"
     elif min(still) > 0.98:
         seen = f"{still[-1]:.0%} of them did not move at all in an update"
+    elif min(refused) > 0.98:
+        seen = f"{refused[-1]:.0%} of them end where they start, at their data"
     elif max(move) < 1e-3:
         seen = f"they move by {move[-1]:.2g} of the data's spread in an update"
     else:
@@ -127,7 +131,7 @@ def _gap(history: History) -> str | None:
 
 def _short(history: History) -> str | None:
     move, drift, error = (_last(history, n) for n in ("movement", "drift", "drift_error"))
-    if all(abs(d) > max(0.5, 5 * e) for d, e in zip(drift, error, strict=True)):
+    if all(abs(d) > max(0.3, 5 * e) for d, e in zip(drift, error, strict=True)):
         seen = f"in the second half of their moves their energy changes by {drift[-1]:+.2g} sd"
     elif max(move) < 0.04:
         turnover = 2 / move[-1] ** 2 if move[-1] else float("inf")
@@ -151,13 +155,15 @@ def _temperature(history: History) -> str | None:
 
 
 def _curvature(history: History) -> str | None:
-    (value,) = _last(history, "curvature", 1)
+    known = [v for v in history["curvature"] if v == v]
+    value = known[-1] if known else 1.0
     if value > 1e4:
         return (
             f"the data lie in canyons: the largest curvature is {value:.3g} in units of their "
             f"spread, a width of {value**-0.5:.2g} of it. Add noise to the data, or a penalty"
         )
-    if max(_last(history, "curvature", 2)) < 1e-6 and history["gap"][-1] != history["gap"][-1]:
+    has_negatives = any(v == v for v in history["gap"])
+    if len(known) > 1 and max(known[-2:]) < 1e-6 and not has_negatives:
         return (
             f"the curvature on the data vanishes: {value:.2g} in units of their spread, so that "
             "score matching learns nothing. Use smooth units (SiLU, not ReLU)"
@@ -168,19 +174,19 @@ def _curvature(history: History) -> str | None:
 def _fallen(history: History, name: str) -> tuple[int, float]:
     """Return since which look a likelihood has fallen, and by how much; 0.0 if it has not."""
     known = [(i, v) for i, v in enumerate(history[name]) if v == v]
-    if not known or known[-1][0] != len(history[name]) - 1:
+    if not known:
         return 0, 0.0
     best, value = max(known, key=lambda pair: pair[1])
-    drop = value - known[-1][1]
-    errors = history[f"{name}_error"]
-    noise = 3 * (errors[best] ** 2 + errors[-1] ** 2) ** 0.5
-    return best, drop if drop > max(0.05, noise, 0.1 * (value - known[0][1])) else 0.0
+    (_, first), (last, now) = known[0], known[-1]
+    drop, errors = value - now, history[f"{name}_error"]
+    noise = 3 * (errors[best] ** 2 + errors[last] ** 2) ** 0.5
+    return best, drop if drop > max(0.05, noise, 0.1 * (value - first)) else 0.0
 
 
 def _overfitting(history: History) -> str | None:
     best, drop = _fallen(history, "held_out")
-    rows = history["likelihood"]
-    if drop and rows[-1] > rows[best] - 0.5 * drop:
+    now = [v for v in history["likelihood"] if v == v][-1:]
+    if drop and now[0] > history["likelihood"][best] - 0.5 * drop:
         return (
             f"overfitting: the held-out log-likelihood is {drop:.3g} nats below its best, at step "
             f"{history['step'][best]:.0f}, and that of the training rows is not. Stop there, or "
@@ -222,9 +228,9 @@ RULES: dict[str, Callable[[History], str | None]] = {
 }
 # What follows from a cause, and would mislead beside it.
 SYMPTOMS = {
-    "blow-up": ("gap", "falling", "curvature"),
+    "blow-up": ("far", "frozen", "gap", "falling", "curvature"),
     "frozen": ("short", "gap", "far", "saturated", "flat"),
-    "saturated": ("gap", "short", "frozen"),
+    "saturated": ("far", "gap", "short", "frozen"),
     "runaway": ("blow-up", "far", "gap", "short", "falling"),
     "flat": ("short", "curvature"),
     "far": ("gap", "short"),

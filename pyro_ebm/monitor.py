@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_ebm._binding import evaluating
 from pyro_ebm._chart import COLUMNS, draw, table
-from pyro_ebm._measure import Numbers, Seen, curvature, energies, movement, moves, places
+from pyro_ebm._measure import Numbers, Seen, curvature, energies, movement, moves, places, spread
 from pyro_ebm._signs import find
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy, describe
@@ -259,7 +259,7 @@ class Monitor:
             signs = torch.randint(2, few[0].shape, generator=generator)
             self._probe = (2 * signs - 1).to(few[0])
         potential = lambda first: self._energies(first, *few[1:])[1]
-        return curvature(potential, few[0], x[0].std(0, correction=0), self._probe)
+        return curvature(potential, few[0], spread(x[0]), self._probe)
 
     def _likelihoods(self, x: tuple[Tensor, ...]) -> dict[str, float]:
         """Estimate log Z, and the log-likelihoods of the batch and of held-out rows."""
@@ -302,7 +302,7 @@ class Monitor:
         """Name what is not finite, and stop or count."""
         seen, what = Seen.of(x, negatives, None, None), []
         if not _finite(loss):
-            what.append(f"the loss is {float(loss)}")
+            what.append(f"the loss is {float(torch.as_tensor(loss).detach())}")
         for name, parts in (("x", seen.x), ("negatives", seen.negatives)):
             what += self._bad_rows(name, parts or ())
         for name, parameter in self._parameters.items():

@@ -10,8 +10,6 @@ import pyro_ebm as ebm
 from pyro_ebm import kernels, losses
 from pyro_ebm.partition import Exact, Quadrature
 
-BASE = {"loc": 0.0, "scale": 2.0}
-
 
 def normal(dim=2, scale=2.0):
     return dist.Normal(torch.zeros(dim), scale).to_event(1)
@@ -107,7 +105,7 @@ def gaussian_exact():
     def negatives(x):
         return torch.randn(256, 2) / (energy.k.detach() + 0.25).sqrt(), None
 
-    return learn(monitor, energy, lambda: torch.randn(256, 2), negatives, 150, adam(energy, 0.02))
+    return learn(monitor, energy, lambda: torch.randn(256, 2), negatives, 100, adam(energy, 0.02))
 
 
 def ring_persistent():
@@ -116,7 +114,7 @@ def ring_persistent():
     sampler = ebm.Negatives(energy, base, num_steps=10)
     chains, optimizer = sampler.init(256), adam(energy)
     monitor = ebm.Monitor(energy, base)
-    for _ in range(150):
+    for _ in range(100):
         x = ring(256)
         chains, moved = sampler.step(chains)
         loss = losses.contrastive_divergence(energy, x, moved.x)
@@ -133,7 +131,7 @@ def ring_from_data():
     u = potential(energy, base)
     monitor = ebm.Monitor(energy, base)
     return learn(
-        monitor, energy, lambda: ring(256), lambda x: langevin(u, x, 10), 150, adam(energy)
+        monitor, energy, lambda: ring(256), lambda x: langevin(u, x, 10), 100, adam(energy)
     )
 
 
@@ -156,7 +154,7 @@ def score():
     """An MLP by sliced score matching, without negatives."""
     energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
     u, monitor, optimizer = potential(energy, base), ebm.Monitor(energy, base), adam(energy)
-    for _ in range(150):
+    for _ in range(100):
         x = ring(256)
         loss = losses.sliced_score_matching(u, x, torch.randn(256, 2))
         optimizer.zero_grad()
@@ -172,4 +170,180 @@ SOUND = {
     "ring, chains from data": ring_from_data,
     "RBM, persistent Gibbs": rbm_persistent,
     "ring, score matching": score,
+}
+
+
+# Runs that fail --------------------------------------------------------------------------------
+
+
+def fresh(energy, num_steps, step_size, spread=2.0):
+    """Negatives by short chains from noise, anew at each step."""
+    return lambda x: langevin(energy, spread * torch.randn(256, 2), num_steps, step_size)
+
+
+def blow_up():
+    """A penalty on the weights has the wrong sign."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    optimizer = torch.optim.SGD(energy.parameters(), 0.05)
+    monitor = ebm.Monitor(energy, base)
+    chains = Persistent(potential(energy, base), ring(256), 10, make=kernels.mala)
+
+    def loss(x, negatives):
+        penalty = sum(p.square().sum() for p in energy.parameters())
+        return losses.contrastive_divergence(energy, x, negatives) - 0.5 * penalty
+
+    return learn(monitor, energy, lambda: ring(256), chains, 60, optimizer, loss)
+
+
+def frozen():
+    """All proposals are refused from step 30 on, since the step is too large."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    chains = Persistent(potential(energy, base), ring(256), 5, make=kernels.mala)
+    monitor, optimizer = ebm.Monitor(energy, base), adam(energy)
+    learn(monitor, energy, lambda: ring(256), chains, 30, optimizer)
+    chains.options["step_size"] = 1e4
+    return learn(monitor, energy, lambda: ring(256), chains, 50, optimizer)
+
+
+def saturated():
+    """Chains are clamped to a box whose corner a steep slope pushes them into."""
+    slope = nn.Linear(2, 1)
+    energy = lambda x: slope(x).squeeze(-1)
+    monitor = ebm.Monitor(energy)
+
+    def negatives(x):
+        chains, info = langevin(energy, torch.rand(256, 2), 10)
+        return chains.clamp(0.0, 1.0), info
+
+    def batch():
+        return 0.4 + 0.2 * torch.rand(256, 2)
+
+    with torch.no_grad():
+        slope.weight.fill_(30.0)
+    return learn(monitor, energy, batch, negatives, 50, adam(slope, 1e-4))
+
+
+def stuck():
+    """Visible biases of an RBM are so large that all units are on in all chains."""
+    rbm = ebm.zoo.RBM(9, 8)
+    with torch.no_grad():
+        rbm.visible_bias.fill_(50.0)
+    chains = lambda x: (gibbs(rbm, x, 1), None)
+    return learn(ebm.Monitor(rbm), rbm, lambda: stripes().repeat(4, 1), chains, 50, adam(rbm))
+
+
+def runaway():
+    """The energy falls in all directions, without a base."""
+    energy = Quadratic(-0.5)
+    chains = Persistent(energy, torch.randn(256, 2), 10)
+    batch = lambda: torch.randn(256, 2)
+    return learn(ebm.Monitor(energy), energy, batch, chains, 50, adam(energy, 1e-4))
+
+
+def flat():
+    """A penalty shrinks the weights to nothing."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    optimizer = torch.optim.SGD(energy.parameters(), 1e-2, weight_decay=20.0)
+    chains = Persistent(potential(energy, base), ring(256), 5)
+    return learn(ebm.Monitor(energy, base), energy, lambda: ring(256), chains, 70, optimizer)
+
+
+def far():
+    """Persistent chains start far out, and crawl."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal(scale=50.0)
+    start = 60.0 + torch.randn(256, 2)
+    chains = Persistent(potential(energy, base), start, 5, step_size=0.01)
+    return learn(ebm.Monitor(energy, base), energy, lambda: ring(256), chains, 50, adam(energy))
+
+
+def gap():
+    """Negatives are noise that hardly moves, so that the energy tells them from the data."""
+    energy = ebm.zoo.MLPEnergy(2, (32, 32))
+    chains = fresh(energy, 2, 1e-3, 0.3)
+    return learn(ebm.Monitor(energy), energy, lambda: ring(256), chains, 100, adam(energy, 3e-3))
+
+
+def short_run():
+    """Short chains from noise are on their way when they end."""
+    energy, base = Quadratic(1.0), normal()
+    u = potential(energy, base)
+    batch = lambda: torch.randn(256, 2)
+    monitor = ebm.Monitor(energy, base)
+    return learn(monitor, energy, batch, fresh(u, 10, 0.04, 3.0), 50, adam(energy, 1e-3))
+
+
+def crawling():
+    """Persistent chains make one tiny move a step."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    chains = Persistent(potential(energy, base), ring(256), 1, step_size=1e-4)
+    return learn(ebm.Monitor(energy, base), energy, lambda: ring(256), chains, 50, adam(energy))
+
+
+def overfitting():
+    """A large network sees ten points again and again."""
+    energy, base, x = ebm.zoo.MLPEnergy(2, (64, 64)), normal(), ring(10)
+    method = Quadrature(-6.0, 6.0, 60)
+    d = ebm.GibbsBoltzmann(energy, base, log_partition=method)
+    monitor = ebm.Monitor(d, held_out=ring(200), log_partition=method, slow=10)
+    loss = lambda x, negatives: -d.log_prob(x).mean()
+    return learn(monitor, energy, lambda: x, lambda x: (None, None), 100, adam(energy), loss)
+
+
+def falling():
+    """After 150 steps by the exact gradient, CD-1 of bars and stripes, which forgets the rest."""
+    rbm, data = ebm.zoo.RBM(9, 16), stripes()
+    base = ebm.Flat((9,), dist.constraints.boolean)
+    monitor = ebm.Monitor(rbm, base, log_partition=Exact(), slow=10)
+    d = ebm.GibbsBoltzmann(rbm, base, log_partition=Exact())
+    exact = lambda x, _: -d.log_prob(x).mean()
+    batch, optimizer = lambda: data.repeat(4, 1), adam(rbm, 0.1)
+    learn(monitor, rbm, batch, lambda x: (None, None), 150, optimizer, exact)
+    assert not monitor.warnings
+    return learn(monitor, rbm, batch, lambda x: (gibbs(rbm, x, 1), None), 60, optimizer)
+
+
+def cold():
+    """The noise of Langevin moves is far below sqrt(2 epsilon), as in JEM."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    u = potential(energy, base)
+    chains = lambda x: langevin(u, 2 * torch.randn(256, 2), 20, 1.0, 0.01)
+    return learn(ebm.Monitor(energy, base), energy, lambda: ring(256), chains, 50, adam(energy))
+
+
+def canyon():
+    """Data lie on a line, and the energy follows them."""
+    width = nn.Parameter(torch.zeros(()))
+    energy = lambda x: 0.5 * (x[..., 0].square() + width.exp() * x[..., 1].square())
+    x = torch.randn(256, 2) * torch.tensor([1.0, 1e-4])
+    monitor, optimizer = ebm.Monitor(energy), torch.optim.Adam([width], 0.3)
+    score = lambda x, _: losses.score_matching(energy, x)
+    return learn(monitor, energy, lambda: x, lambda x: (None, None), 100, optimizer, score)
+
+
+def piecewise_linear():
+    """Score matching of an energy without second derivatives."""
+    net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1))
+    energy = lambda x: net(x).squeeze(-1)
+    monitor, optimizer = ebm.Monitor(energy), adam(net)
+    noise = lambda x, _: losses.sliced_score_matching(energy, x, torch.randn_like(x))
+    return learn(monitor, energy, lambda: ring(256), lambda x: (None, None), 60, optimizer, noise)
+
+
+# The run, its kind, and the step after which it fails.
+FAILING = {
+    "blow-up": (blow_up, "blow-up", 20),
+    "frozen": (frozen, "frozen", 30),
+    "saturated": (saturated, "saturated", 0),
+    "stuck": (stuck, "saturated", 0),
+    "runaway": (runaway, "runaway", 0),
+    "flat": (flat, "flat", 0),
+    "far": (far, "far", 0),
+    "gap": (gap, "gap", 20),
+    "short run": (short_run, "short", 0),
+    "crawling": (crawling, "short", 0),
+    "overfitting": (overfitting, "overfitting", 0),
+    "falling": (falling, "falling", 150),
+    "cold": (cold, "temperature", 0),
+    "canyon": (canyon, "curvature", 0),
+    "piecewise linear": (piecewise_linear, "curvature", 0),
 }
