@@ -149,9 +149,9 @@ def test_its_population_gradient_vanishes_at_sixteen_spins(loss):
     energy = Ising(num, coupling + coupling.T, 0.3 * torch.randn(num))
     x = (torch.arange(2**num).unsqueeze(-1) >> torch.arange(num) & 1).double()
     log_law = (-energy(x)).log_softmax(0).detach()
-    grad = population(loss, energy, x, log_law, linear=True)
+    grad = population(loss, energy, x, log_law, affine=True)
     assert grad.abs().max() < 1e-8
-    off = population(loss, Ising(num, energy.coupling, 0 * energy.field), x, log_law, linear=True)
+    off = population(loss, Ising(num, energy.coupling, 0 * energy.field), x, log_law, affine=True)
     assert off.abs().max() > 1e-2
 
 
@@ -193,7 +193,7 @@ def one_hot_states():
     return nn.functional.one_hot(STATES, NUM).double()
 
 
-LINEAR = {
+AFFINE = {
     "Ising": (lambda: Ising(4, torch.randn(4, 4), torch.randn(4)), lambda: (BITS,)),
     "an RBM with its hidden unit": (joint_rbm, lambda: (BITS,)),
     "Potts": (
@@ -204,11 +204,11 @@ LINEAR = {
 
 
 @every_kind
-@pytest.mark.parametrize(("make", "points"), LINEAR.values(), ids=LINEAR)
-def test_one_gradient_does_where_the_energy_is_linear(loss, options, make, points):
+@pytest.mark.parametrize(("make", "points"), AFFINE.values(), ids=AFFINE)
+def test_one_gradient_does_where_the_energy_is_affine(loss, options, make, points):
     energy = make()
     parameters = [*energy.parameters()] if isinstance(energy, nn.Module) else []
-    slow, fast = (loss(energy, *points(), linear=linear, **options) for linear in (False, True))
+    slow, fast = (loss(energy, *points(), affine=affine, **options) for affine in (False, True))
     torch.testing.assert_close(fast, slow, **EXACT)
     if parameters:
         want, got = torch.autograd.grad(slow, parameters), torch.autograd.grad(fast, parameters)
@@ -225,23 +225,23 @@ def test_one_gradient_takes_two_evaluations():
     PSEUDO(counted, BITS)
     assert sizes == [16, 16 * 4]
     sizes.clear()
-    PSEUDO(counted, BITS, linear=True)
+    PSEUDO(counted, BITS, affine=True)
     assert sizes == [16, 16]  # the second is the check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_energy_that_is_not_linear_is_refused(dtype):
+def test_an_energy_that_is_not_affine_is_refused(dtype):
     rbm = RBM(4, 3, scale=0.1).to(dtype)
-    with pytest.raises(ValueError, match="linear must be False for energy 'RBM'"):
-        PSEUDO(rbm, BITS.to(dtype), linear=True)
+    with pytest.raises(ValueError, match="affine must be False for energy 'RBM'"):
+        PSEUDO(rbm, BITS.to(dtype), affine=True)
     # Rounding, beside a large constant, is not taken for a bend.
     energy = Ising(4, torch.randn(4, 4), torch.randn(4)).to(dtype)
-    PSEUDO(lambda x: energy(x) + 1e6, BITS.to(dtype), linear=True)
+    PSEUDO(lambda x: energy(x) + 1e6, BITS.to(dtype), affine=True)
 
 
-def test_linear_needs_points_that_can_be_differentiated():
+def test_affine_needs_points_that_can_be_differentiated():
     with pytest.raises(ValueError, match="x must be of floating point"):
-        PSEUDO(Table(STATES), STATES, torch.arange(NUM), linear=True)
+        PSEUDO(Table(STATES), STATES, torch.arange(NUM), affine=True)
 
 
 @every_kind
@@ -300,7 +300,7 @@ def test_a_value_that_is_none_of_the_values_gives_nan(loss):
     assert loss(energy, BITS).isfinite()
     assert loss(energy, 2 * BITS - 1).isnan()  # spins where bits are expected
     assert loss(energy, 2 * BITS - 1, torch.tensor([-1.0, 1.0])).isfinite()
-    assert loss(energy, 2 * BITS - 1, linear=True).isnan()
+    assert loss(energy, 2 * BITS - 1, affine=True).isnan()
 
 
 @pytest.mark.parametrize("loss", [PSEUDO, RATIO, FLOW])
@@ -344,7 +344,7 @@ def test_it_works_without_gradients(loss):
     energy = Ising(4, torch.randn(4, 4))
     want = loss(energy, BITS).detach()
     for context in (torch.no_grad, torch.inference_mode):
-        for options in ({}, {"linear": True}, {"chunk_size": 1}):
+        for options in ({}, {"affine": True}, {"chunk_size": 1}):
             with context():
                 value = loss(energy, BITS, **options)
             assert not value.requires_grad

@@ -18,7 +18,7 @@ def pseudo_likelihood(
     values: Tensor | None = None,
     *,
     log_weight: Tensor | None = None,
-    linear: bool = False,
+    affine: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
     r"""Make each component of the data likely, given the others.
@@ -27,7 +27,7 @@ def pseudo_likelihood(
         = \mathbb{E}_{x}\Big[\sum_i \log \sum_{v} e^{E(x) - E(x_{i \to v})}\Big]
 
     It needs no samples. It costs :math:`d (K - 1) + 1` energies a point, where a component takes
-    K values, or one energy and one gradient where the energy is ``linear``. A constant in the
+    K values, or two energies and a gradient where the energy is ``affine``. A constant in the
     energy cancels, and the least expected loss is at the truth. Its value is a negative
     log-likelihood only where the components are independent.
 
@@ -39,9 +39,9 @@ def pseudo_likelihood(
             another value gives NaN.
         log_weight: The logs of the weights of the data, ``(*n,)``, up to a constant; equal ones
             if None.
-        linear: Whether the energy is linear in each component, the others fixed: as that of an
-            Ising or a Potts model, and as the free energy of an RBM is not. It is checked at the
-            first point, which takes :math:`d (K - 1)` energies and waits for the device.
+        affine: Whether the energy is affine in each component, the others fixed: as that of an
+            Ising or a Potts model, and as the free energy of an RBM is not. It is checked in one
+            component of each point, which waits for the device.
         chunk_size: The number of components that are changed at once; all if None. The memory is
             that of one chunk, also in the backward pass, which evaluates the energies once more.
 
@@ -50,7 +50,7 @@ def pseudo_likelihood(
 
     Raises:
         ValueError: If there are no points, an energy or weight is not one per point, or the
-            energy is not linear where it should be.
+            energy is not affine where it should be.
 
     References:
         | Statistical Analysis of Non-Lattice Data (Besag, 1975)
@@ -61,7 +61,7 @@ def pseudo_likelihood(
         >>> pseudo_likelihood(lambda x: -x @ b, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
         tensor(1.1265, grad_fn=<MeanBackward0>)
     """
-    rise = _rises(energy, x, values, linear=linear, chunk_size=chunk_size)
+    rise = _rises(energy, x, values, affine=affine, chunk_size=chunk_size)
     # With the point itself the sum is never empty, even where all its neighbours are walls.
     logits = torch.cat([torch.zeros_like(rise[:, :1]), -rise], 1)
     return _mean(energy, logits.logsumexp(1).sum(0), log_weight)
@@ -74,7 +74,7 @@ def ratio_matching(
     *,
     cycle: bool = False,
     log_weight: Tensor | None = None,
-    linear: bool = False,
+    affine: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
     r"""Match the ratios of the probabilities of neighbours to those of the data.
@@ -94,7 +94,7 @@ def ratio_matching(
         cycle: Whether only the next and the previous of the ``values`` are neighbours, the last
             and the first among them, which takes :math:`2 d + 1` energies a point.
         log_weight: The logs of the weights of the data, ``(*n,)``; equal ones if None.
-        linear: Whether the energy is linear in each component, as in :func:`pseudo_likelihood`.
+        affine: Whether the energy is affine in each component, as in :func:`pseudo_likelihood`.
         chunk_size: The number of components that are changed at once; all if None.
 
     Returns:
@@ -112,7 +112,7 @@ def ratio_matching(
         >>> ratio_matching(lambda x: -x @ b, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
         tensor(0.3757, grad_fn=<MeanBackward0>)
     """
-    rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
+    rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
     return _mean(energy, torch.sigmoid(-rise).square().sum((0, 1)), log_weight)
 
 
@@ -123,7 +123,7 @@ def minimum_probability_flow(
     *,
     cycle: bool = False,
     log_weight: Tensor | None = None,
-    linear: bool = False,
+    affine: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
     r"""Keep probability from flowing from the data to their neighbours.
@@ -143,7 +143,7 @@ def minimum_probability_flow(
         cycle: Whether only the next and the previous value are neighbours, as in
             :func:`ratio_matching`.
         log_weight: The logs of the weights of the data, ``(*n,)``; equal ones if None.
-        linear: Whether the energy is linear in each component, as in :func:`pseudo_likelihood`.
+        affine: Whether the energy is affine in each component, as in :func:`pseudo_likelihood`.
         chunk_size: The number of components that are changed at once; all if None.
 
     Returns:
@@ -162,7 +162,7 @@ def minimum_probability_flow(
         >>> minimum_probability_flow(lambda x: -x @ b, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
         tensor(1.7342, grad_fn=<MeanBackward0>)
     """
-    rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
+    rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
     return _mean(energy, (-0.5 * rise).exp().sum((0, 1)), log_weight)
 
 
@@ -173,7 +173,7 @@ def concrete_score_matching(
     *,
     cycle: bool = False,
     log_weight: Tensor | None = None,
-    linear: bool = False,
+    affine: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
     r"""Match the concrete score, the relative change of probability towards each neighbour.
@@ -195,7 +195,7 @@ def concrete_score_matching(
         cycle: Whether only the next and the previous value are neighbours, as in
             :func:`ratio_matching`.
         log_weight: The logs of the weights of the data, ``(*n,)``; equal ones if None.
-        linear: Whether the energy is linear in each component, as in :func:`pseudo_likelihood`.
+        affine: Whether the energy is affine in each component, as in :func:`pseudo_likelihood`.
         chunk_size: The number of components that are changed at once; all if None.
 
     Returns:
@@ -215,7 +215,7 @@ def concrete_score_matching(
         >>> concrete_score_matching(lambda x: -b[x].sum(-1), x, torch.arange(3))
         tensor(-0.6770, grad_fn=<MeanBackward0>)
     """
-    rise = _rises(energy, x, values, cycle=cycle, linear=linear, chunk_size=chunk_size)
+    rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
     return _mean(energy, ((-2.0 * rise).exp() - 2.0 * rise.exp() + 1.0).sum((0, 1)), log_weight)
 
 
@@ -233,7 +233,7 @@ def _rises(
     values: Tensor | None,
     *,
     cycle: bool = False,
-    linear: bool,
+    affine: bool,
     chunk_size: int | None,
 ) -> Tensor:
     """Return the rises of energy from points to their neighbours, ``(d, m, *n)``.
@@ -246,7 +246,7 @@ def _rises(
     x = x.detach()
     values = torch.arange(2).to(x) if values is None else values
     values = values.reshape(len(values), -1)  # shape: (K, p), a component has p numbers
-    value, slope = _value_and_slope(energy, x) if linear else (energies(energy, x), None)
+    value, slope = _value_and_slope(energy, x) if affine else (energies(energy, x), None)
     sites = x.reshape(value.numel(), -1, values.shape[-1])  # shape: (n, d, p)
     others, known = _others(sites, values, cycle)
     if slope is None:
@@ -255,7 +255,7 @@ def _rises(
         ways = others - sites.transpose(0, 1).unsqueeze(1)
         rise = (ways * slope.reshape(sites.shape).transpose(0, 1).unsqueeze(1)).sum(-1)
         rise = rise.reshape(*rise.shape[:2], *value.shape)
-        _check_linear(energy, x, value, others[:, 0], rise[:, 0])
+        _check_affine(energy, x, value, others[:, 0], rise[:, 0])
     hint = torch.where(known, 0.0, torch.nan).to(rise)
     return rise + hint.reshape(len(hint), 1, *value.shape)
 
@@ -299,7 +299,7 @@ def _neighbours(
 def _value_and_slope(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the energies and their gradients in the points, with a graph to the parameters."""
     if not x.is_floating_point():
-        raise ValueError(f"x must be of floating point where linear is True, got {x.dtype}")
+        raise ValueError(f"x must be of floating point where affine is True, got {x.dtype}")
     keep = torch.is_grad_enabled()
     with differentiable():
         point = x.clone().requires_grad_()
@@ -309,7 +309,7 @@ def _value_and_slope(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _check_linear(energy: Energy, x: Tensor, value: Tensor, others: Tensor, rise: Tensor) -> None:
+def _check_affine(energy: Energy, x: Tensor, value: Tensor, others: Tensor, rise: Tensor) -> None:
     """Compare a rise of each point, one component after the other, with the energy's own."""
     moved = x.reshape(value.numel(), len(others), -1).clone()
     each = torch.arange(len(moved), device=x.device)
@@ -321,6 +321,6 @@ def _check_linear(energy: Energy, x: Tensor, value: Tensor, others: Tensor, rise
     error, scale = (got - want).abs().max(), want.abs().max()
     if error > eps**0.5 * scale + 32 * eps * value.abs().max():
         raise ValueError(
-            f"linear must be False for {describe(energy)}: where one component changes its energy "
+            f"affine must be False for {describe(energy)}: where one component changes its energy "
             f"is off the straight line by up to {error:.3g}"
         )
