@@ -75,6 +75,17 @@ def plate_dims() -> dict[int, int]:
     return {m.dim: getattr(m, "subsample_size", m.size) for m in plates}
 
 
+def plate_rows() -> dict[int, tuple[Tensor, int]]:
+    """Return, by batch dimension, the rows that subsampling plates have drawn, and of how many."""
+    plates = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    drawn = {m.dim: (getattr(m, "_indices", None), m.size) for m in plates}
+    return {
+        dim: (rows, size)
+        for dim, (rows, size) in drawn.items()
+        if isinstance(rows, Tensor) and len(rows) < size
+    }
+
+
 def enumerated_dims(shape: torch.Size) -> set[int]:
     """Return the dimensions of a batch shape that belong to enumerated sites."""
     return {dim for dim in allocated_dims() if -dim <= len(shape) and shape[dim] > 1}

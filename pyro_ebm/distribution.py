@@ -31,6 +31,7 @@ from pyro_ebm._guard import (
     enumerated_dims,
     is_tracing,
     plate_dims,
+    plate_rows,
 )
 from pyro_ebm._known import Known
 from pyro_ebm._short_run import short_run, unconstrained
@@ -128,7 +129,7 @@ class GibbsBoltzmann(TorchDistribution):
         self._own_base = base  # of its own batch, for draws that all elements share
         self._measure = unvalidated(self.base)
         super().__init__(batch, base.event_shape, validate_args=validate_args)
-        self._enumerated = enumerated_dims(batch)
+        self._enumerated, self._rows = enumerated_dims(batch), plate_rows()
         if not isinstance(beta, Tensor) or (self._validate_args and not is_tracing()):
             _check_beta(beta)
 
@@ -143,6 +144,7 @@ class GibbsBoltzmann(TorchDistribution):
         new = cls.__new__(cls)
         new.energy, new.beta, new.sampler, new.log_partition = energy, beta, None, None
         new._binding, new._origin, new._enumerated = Binding(None), None, set()
+        new._rows = {}
         new._energy_batch = batch
         beta_shape = beta.shape if isinstance(beta, Tensor) else torch.Size()
         batch = torch.Size(broadcast_shape(base.batch_shape, beta_shape, batch))
@@ -239,7 +241,7 @@ class GibbsBoltzmann(TorchDistribution):
         """Return the distribution with another batch shape; log Z is still computed once."""
         new = self._get_checked_instance(GibbsBoltzmann, _instance)
         shared = ("energy", "beta", "sampler", "log_partition", "_binding", "_enumerated")
-        for name in (*shared, "_energy_batch", "_own_base"):
+        for name in (*shared, "_energy_batch", "_own_base", "_rows"):
             setattr(new, name, getattr(self, name))
         new._origin = self._origin or self
         new.base = self.base.expand(torch.Size(batch_shape))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ class Chains(NamedTuple):
     num_moves: int
 
 
-PER_CHAIN = Chains._fields[:7]
+PER_CHAIN, SHARED = Chains._fields[:7], Chains._fields[7:10]
 
 
 class Moved(NamedTuple):
@@ -151,6 +150,11 @@ class Negatives:
         self.d, self.num_steps, self.restart_prob = target, num_steps, restart
         self.step_size, self.weighted, self.num_recent = step_size, weighted, num_recent
         self.free = Free(target, kernel)
+        if self.free.finite and kernel in (mala, ula):
+            raise ValueError(
+                f"kernel must be one for the finite support {target.support}, as gibbs, got "
+                f"{kernel.__name__}"
+            )
         if kernel is None and not self.free.finite:
             self.free.own = mala
         self.accept = TARGET_ACCEPT if self.free.own is mala else 0.8
@@ -216,14 +220,20 @@ class Negatives:
         """
         n = len(chains.position)
         if x is not None:
-            rows = torch.randperm(len(x), device=x.device).repeat(-(-n // len(x)))[:n]
+            rows = spread(len(x), n, x.device)
             x, label = x[rows], None if label is None else label[rows]
         new = self.init(n if x is None else x, chains.label if label is None else label)
-        if chains.log_weight is not None:  # resampling has put the offset aside
+        if new.log_weight is not None:  # resampling has put the offset aside
             new = new._replace(log_weight=new.log_weight - chains.offset)
         if chains.momentum is not None:
             new = new._replace(momentum=torch.randn_like(chains.momentum))
-        return _each(lambda a, b: torch.where(expand_like(pick, a), a, b), new, chains)
+        parts = {name: (getattr(new, name), getattr(chains, name)) for name in PER_CHAIN}
+        chosen: dict[str, Any] = {
+            name: torch.where(expand_like(pick, a), a, b)
+            for name, (a, b) in parts.items()
+            if a is not None
+        }
+        return chains._replace(**chosen)
 
     # How they move ---------------------------------------------------------------------------
 
@@ -255,9 +265,7 @@ class Negatives:
             raise ValueError("weighted chains must all move, got slots")
         if isinstance(slots, int):
             slots = torch.randperm(len(chains.age), device=chains.age.device)[:slots]
-        part = chains
-        if slots is not None:
-            part = _each(lambda a: a.index_select(0, slots), chains)
+        part = chains if slots is None else take(chains, slots)
         d = self.d
         with (
             torch.inference_mode(False),
@@ -271,11 +279,7 @@ class Negatives:
             part, info, rate = self._move(part)
             points = self.free.decode(part.position)
             moved = Moved(points, part.label, part.log_weight, slots, info, rate)
-        if slots is None:
-            return part, moved
-        if chains.momentum is None and part.momentum is not None:
-            chains = chains._replace(momentum=torch.randn_like(chains.position))
-        return _each(lambda a, b: a.index_copy(0, slots, b), chains, part), moved
+        return (part if slots is None else put(chains, part, slots)), moved
 
     def _potential(self, chains: Chains) -> Energy:
         """Return the potential of flat chains ``(C, *free)``, without checks."""
@@ -350,6 +354,7 @@ class Negatives:
     def _reweigh(self, chains: Chains, state: Any) -> tuple[Chains, Any]:
         """Weigh chains by the change of their potential since their last move; resample."""
         shape = chains.age.shape
+        assert chains.log_weight is not None
         log_weight = chains.log_weight + chains.energy - state.energy.reshape(shape)
         log_weight = torch.where(log_weight.isnan(), -torch.inf, log_weight)
         value, error, ess = mean_weight(log_weight)
@@ -378,13 +383,15 @@ class Negatives:
         """
         return split_r_hat(chains.recent.movedim(-1, 0))
 
-    def state_dict(self, chains: Chains) -> dict[str, Any]:
+    @staticmethod
+    def state_dict(chains: Chains) -> dict[str, Any]:
         """Return the chains and the random state, for :func:`pyro_ebm.checkpoint.save`."""
         device = chains.position.device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {**chains._asdict(), "random": torch.get_rng_state(), "random_cuda": cuda}
 
-    def load_state_dict(self, state: dict[str, Any]) -> Chains:
+    @staticmethod
+    def load_state_dict(state: dict[str, Any]) -> Chains:
         """Return the chains that were kept, and set the random state back to theirs."""
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None:
@@ -392,12 +399,35 @@ class Negatives:
         return Chains(**{name: state[name] for name in Chains._fields})
 
 
-def _each(change: Callable[..., Tensor], chains: Chains, *others: Chains) -> Chains:
-    """Change what there is for each chain."""
-    parts = {name: [getattr(c, name) for c in (chains, *others)] for name in PER_CHAIN}
-    # Chains that have not moved yet have no momentum.
-    changed = {name: change(*p) for name, p in parts.items() if all(q is not None for q in p)}
-    return (others[0] if others else chains)._replace(**changed)
+def spread(num_rows: int, n: int, device: torch.device) -> Tensor:
+    """Draw n rows of data, each about equally often."""
+    return torch.randperm(num_rows, device=device).repeat(-(-n // num_rows))[:n]
+
+
+def _axes(chains: Chains, axis: int) -> dict[str, int]:
+    """Say where the slots (axis 0) or a dimension of the batch are in what chains have."""
+    axes = {name: axis for name in PER_CHAIN if getattr(chains, name) is not None}
+    return {**axes, **(dict.fromkeys(SHARED, axis - 1) if axis else {})}
+
+
+def take(chains: Chains, index: Tensor, axis: int = 0) -> Chains:
+    """Take some slots, or some rows of a dimension of the batch."""
+    parts = {
+        name: getattr(chains, name).index_select(at, index)
+        for name, at in _axes(chains, axis).items()
+    }
+    return chains._replace(**parts)
+
+
+def put(chains: Chains, part: Chains, index: Tensor, axis: int = 0) -> Chains:
+    """Return chains with those that were taken back in their places."""
+    if chains.momentum is None and part.momentum is not None:
+        chains = chains._replace(momentum=torch.randn_like(chains.position))
+    parts = {
+        name: getattr(chains, name).index_copy(at, index, getattr(part, name))
+        for name, at in _axes(chains, axis).items()
+    }
+    return part._replace(**parts)
 
 
 def _run(kernel: Kernel, state: Any, num: int) -> tuple[Any, Any, Tensor]:

@@ -319,12 +319,12 @@ def test_weighted_chains_estimate_log_z_while_the_parameters_move(device):
     assert value.requires_grad
 
 
-def test_without_weights_the_lag_of_the_chains_is_seen(device):
+def test_without_weights_the_lag_of_the_chains_is_seen(device, monkeypatch):
     """The planted fault of the test above: weights that stay one."""
     energy = Quadratic(2, device)
     base = dist.Normal(torch.zeros(2, device=device), 2.0).to_event(1)
     method = Contrastive(num_chains=20_000, num_steps=5)
-    method._reweight = lambda chains, potential: chains
+    monkeypatch.setattr(ebm.Negatives, "_reweigh", lambda self, chains, state: (chains, state))
     value = method.log_z(ebm.GibbsBoltzmann(energy, base))
     assert abs(value - energy.log_z_with_a_normal_base(1.0, 2.0)) > 0.3
 
@@ -337,7 +337,7 @@ def test_negatives_keep_to_the_support(device):
         value = method.log_z(d)
     truth = 3 * math.lgamma(3.0) - math.lgamma(9.0)
     assert abs(value - truth) < 0.15
-    x = method._advance(d, None)
+    x = method.moved.x[:, 0]
     assert d.support.check(x).all()
     expected = dist.Dirichlet(torch.full((3,), 3.0, device=device))
     assert (x.mean(0) - expected.mean).abs().max() < 0.02
@@ -349,9 +349,9 @@ def test_persistent_chains_go_on_and_advance_once_per_evaluation():
     assert method.chains is None
     method.log_z(d)
     first = method.chains
-    assert first.age == 7
+    assert (first.age == 7).all()
     method.log_z(d)
-    assert method.chains.age == 14
+    assert method.chains.num_moves == 14
     assert (method.chains.position - first.position).abs().max() > 0
 
 
@@ -382,15 +382,12 @@ def test_a_traced_model_would_freeze_the_chains():
         torch.func.vmap(lambda x: Contrastive(num_chains=4).log_z(d, x))(torch.zeros(2))
 
 
-def test_minus_infinity_and_finite_supports_are_refused():
+def test_minus_infinity_is_refused():
     low = ebm.GibbsBoltzmann(
         lambda x: torch.where(x > -9, -torch.inf, x), dist.Normal(0.0, 1.0), validate_args=False
     )
     with pytest.raises(ValueError, match="must not be minus infinity"):
         Contrastive(num_chains=4).log_z(low)
-    d = ebm.GibbsBoltzmann(lambda x: x.sum(-1), ebm.Flat((2,), constraints.boolean))
-    with pytest.raises(ValueError, match=r"got the finite support .* use Exact"):
-        Contrastive().log_z(d)
 
 
 WRONG = {

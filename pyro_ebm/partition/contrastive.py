@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_ebm._binding import evaluating
-from pyro_ebm._free import Free
-from pyro_ebm._guard import UnnormalizedWarning, is_tracing
-from pyro_ebm._math import systematic
-from pyro_ebm._short_run import adapt
+from pyro_ebm._free import MakeKernel
+from pyro_ebm._guard import UnnormalizedWarning, is_tracing, scoring
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
-from pyro_ebm.energy import Energy
-from pyro_ebm.kernels.base import Kernel, expand_like
-from pyro_ebm.kernels.langevin import mala, ula
+from pyro_ebm.kernels.langevin import ula
+from pyro_ebm.negatives import Chains, Moved, Negatives, put, spread, take
 from pyro_ebm.partition.base import LogPartition, from_weights, needs_value
-
-
-class Negatives(NamedTuple):
-    """Persistent chains in groups, which resample among themselves.
-
-    The first group feeds the gradient. Where chains are weighted there is a second, which never
-    does and estimates log Z: what a gradient has pushed up at the very points that it was
-    computed from would otherwise be taken for a fall of log Z.
-    """
-
-    position: Tensor  # unconstrained; shape: (n, groups, *batch, *unconstrained)
-    potential: Tensor  # at the parameters of the last move; shape: (n, groups, *batch)
-    log_weight: Tensor  # shape: (n, groups, *batch)
-    offset: Tensor  # log Z put aside by resampling; shape: (groups, *batch)
-    variance: Tensor  # of the offset; shape: (groups, *batch)
-    log_step: Tensor  # shape: (*batch,)
-    age: int
 
 
 class Contrastive:
@@ -46,29 +24,40 @@ class Contrastive:
         [\nabla_\theta (\log b(x^-) - \beta E(x^-))]
 
     As the ``log_partition`` of an observed site, Pyro's stock SVI learns by contrastive
-    divergence (chains from data), its persistent form, or from Langevin negatives. The chains
-    advance once per evaluation of the site.
+    divergence (chains from data), its persistent form, or from negatives of any kernel. The
+    chains, :class:`~pyro_ebm.Negatives`, advance once per evaluation of the site; each site needs
+    a method of its own.
 
-    Persistent MALA chains that start from a normalised base are ``weighted`` (Jarzynski):
-    the weights make up for the chains' lag behind the moving parameters, and the mean weight of
-    one half of the chains, which does not feed the gradient, estimates log Z itself, so that the
-    loss is a likelihood. Its error grows with the length of the training and is reported.
-    Otherwise there is no value: the loss is the difference of mean energies, which says nothing
-    about progress, and evaluation under ``torch.no_grad`` warns.
+    Persistent chains of an exact kernel that start from a normalised base are ``weighted``
+    (Jarzynski): the weights make up for the chains' lag behind the moving parameters, and the
+    mean weight of one half of the chains, which does not feed the gradient, estimates log Z
+    itself, so that the loss is a likelihood. Its error grows with the length of the training and
+    is reported. Otherwise there is no value: the loss is the difference of mean energies, which
+    says nothing about progress, and evaluation under ``torch.no_grad`` warns.
+
+    A conditional energy has chains for each row of its batch. Under a plate that subsamples they
+    belong to the rows of the data, and each goes on when its row is drawn; where rows change and
+    no plate says which they are, chains start anew, with a warning. Chains of :math:`E(x \mid z)`
+    follow a latent z; where z moves far from evaluation to evaluation take
+    ``persistent=False, start="data"``.
 
     Args:
-        kernel: Makes a kernel of a potential and a step: :func:`~pyro_ebm.kernels.mala` or
-            :func:`~pyro_ebm.kernels.ula`.
+        kernel: Makes a kernel of a potential and a step, as ``lambda u, eps: hmc(u, eps, 5)``;
+            for a finite support, of the potential alone. By default
+            :func:`~pyro_ebm.kernels.mala`, or sweeps of :func:`~pyro_ebm.kernels.gibbs`.
         num_chains: The number of chains; weighted ones are halved as above.
         num_steps: The number of moves per evaluation.
         persistent: Whether chains go on from evaluation to evaluation.
-        start: Where chains start: ``"base"`` or ``"data"``, the site's observed points.
+        start: Where chains start: ``"base"`` or ``"data"``, the points observed at this
+            evaluation, each used about equally often.
         restart: The fraction of persistent chains that starts anew at each evaluation.
-        step_size: The step; if None it is adapted to MALA's best acceptance rate.
+        step_size: The step; if None it is adapted to an acceptance of .574 of MALA, .8 of others.
+        weighted: Whether chains are weighted; by default where they can be. A kernel that is not
+            exact needs False, but ``ula`` itself.
 
     Raises:
         ValueError: If a number is out of its range, the step of ULA is not given, or chains are
-            to start from data where there are none.
+            to be weighted that cannot.
 
     References:
         | Training Products of Experts by Minimizing Contrastive Divergence (Hinton, 2002)
@@ -92,9 +81,9 @@ class Contrastive:
 
     gradient = "estimated"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what chains are, and how they move
         self,
-        kernel: Callable[[Energy, Any], Kernel] = mala,
+        kernel: MakeKernel | None = None,
         num_chains: int = 256,
         num_steps: int = 20,
         persistent: bool = True,
@@ -102,23 +91,36 @@ class Contrastive:
         start: str = "base",
         restart: float = 0.0,
         step_size: float | None = None,
+        weighted: bool | None = None,
     ) -> None:
         _check_options(num_chains, num_steps, start, restart)
         if kernel is ula and step_size is None:
             raise ValueError("step_size must be given for ula, which has no rate to adapt to")
         if step_size is not None and not 0.0 < step_size < math.inf:
             raise ValueError(f"step_size must be positive and finite, got {step_size}")
+        can = kernel is not ula and persistent and start == "base"
+        if weighted and not can:
+            raise ValueError(
+                "weighted chains must persist, start at the base and have an exact kernel, got "
+                f"persistent={persistent}, start={start!r}, {kernel}"
+            )
         self.kernel, self.num_chains, self.num_steps = kernel, num_chains, num_steps
         self.persistent, self.start, self.restart = persistent, start, restart
-        self.step_size = step_size
-        self.weighted = kernel is mala and persistent and start == "base"
-        self.accept_rate = math.nan
-        self.chains: Negatives | None = None
+        self.step_size, self.weighted = step_size, can if weighted is None else weighted
+        self.chains: Chains | None = None  # of all rows of the data, where they belong to rows
+        self.moved: Moved | None = None
+        self._site: str | None = None
+        self._x: Tensor | None = None  # what was observed at the last evaluation
 
     @property
     def value(self) -> str:
         """Whether log Z itself is estimated."""
         return "estimated" if self.weighted else "none"
+
+    @property
+    def accept_rate(self) -> float:
+        """The mean probability of acceptance at the last evaluation."""
+        return math.nan if self.moved is None else float(self.moved.accept_prob.mean())
 
     def log_z(self, d: GibbsBoltzmann, x: Tensor | None = None) -> Tensor:
         """Advance the chains and return a log Z whose gradient is that of the negatives.
@@ -126,132 +128,181 @@ class Contrastive:
         Raises:
             UnnormalizedError: If an engine asks that needs the value, the same every time.
             NotImplementedError: If the model is traced, which would freeze the chains.
-            ValueError: If the support is finite, or the energy minus infinity.
+            ValueError: If the energy is minus infinity, or the method serves two sites.
         """
+        return self._log_z(d, x).value
+
+    def __call__(self, d: GibbsBoltzmann) -> LogPartition:
+        """Advance the chains and return the estimate by their weights."""
+        return self._log_z(d, None)
+
+    def _log_z(self, d: GibbsBoltzmann, x: Tensor | None) -> LogPartition:
         needs_value(self, "gives a new estimate at every evaluation", bool(d._enumerated))
         if is_tracing():
             raise NotImplementedError(
                 "Contrastive moves its chains at every evaluation, which a traced model cannot "
                 "repeat: use Trace_ELBO instead of JitTrace_ELBO"
             )
-        negatives = self._advance(d, x)
-        assert self.chains is not None
-        weight = torch.softmax(self.chains.log_weight[:, 0], 0)
-        surrogate = (weight * -d.potential(negatives)).sum(0)
-        if self.weighted:
-            return self._estimate().value + surrogate - surrogate.detach()
+        self._check_site()
+        chains, moved = self._advance(d, x)
+        if chains.log_weight is not None:  # the first group feeds the gradient
+            share = torch.softmax(chains.log_weight[:, 0], 0)
+            surrogate = (share * -d.potential(moved.x[:, 0])).sum(0)
+            parts = _estimate(chains)
+            return parts._replace(value=parts.value + surrogate - surrogate.detach())
         if not torch.is_grad_enabled():
             warnings.warn(
                 "Contrastive has no value of log Z here (chains are not weighted): the number is "
                 "a difference of mean energies, not a log-likelihood",
                 UnnormalizedWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        return surrogate
+        surrogate = -d.potential(moved.x).mean(0)
+        return LogPartition(surrogate, *[torch.full_like(surrogate.detach(), math.nan)] * 2)
 
-    def _estimate(self) -> LogPartition:
-        """Estimate log Z by the weights of the last group, with the error of all resamplings."""
-        assert self.chains is not None
-        value, error, ess = (part[-1] for part in from_weights(self.chains.log_weight))
-        std_error = (self.chains.variance[-1] + error.square()).sqrt()
-        return LogPartition(self.chains.offset[-1] + value, std_error, ess)
-
-    def __call__(self, d: GibbsBoltzmann) -> LogPartition:
-        """Advance the chains and return the estimate by their weights."""
-        value = self.log_z(d)
-        return LogPartition(value, *self._estimate()[1:])
-
-    def _advance(self, d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
-        """Move the chains to the present parameters; return the points of the first group."""
-        free = Free(d)
-        if free.finite:
+    def _check_site(self) -> None:
+        """Refuse a second site: its energy would move the chains of the first."""
+        site = scoring()[0]
+        if not site.startswith("site "):
+            return
+        if self._site not in (None, site):
             raise ValueError(
-                f"Contrastive moves chains by gradients, got the finite support {d.support}; use "
-                "Exact()"
+                f"Contrastive must serve one site, got {self._site} and {site}: make one for each"
             )
-        potential = free.pull(d.potential)
-        with torch.inference_mode(False), torch.no_grad(), evaluating(d.energy):
-            chains = self._begin(free, x, potential)
-            chains = self._reweight(chains, potential)
-            self.chains = self._move(chains, potential)
-            return free.decode(self.chains.position[:, 0]).detach()
+        self._site = site
 
-    def _begin(self, free: Free, x: Tensor | None, potential: Energy) -> Negatives:
-        """Start chains, or those that are to start anew."""
-        d, old = free.d, self.chains
-        if old is None or old.potential.shape[2:] != d.batch_shape:
-            log_step = torch.full(d.batch_shape, math.log(self.step_size or 0.1)).to(d.floating())
-            return self._fresh(free, x, log_step, 0)
-        if not self.persistent:
-            return self._fresh(free, x, old.log_step, old.age)
-        if not self.restart:
-            return old
-        new = self._fresh(free, x, old.log_step, old.age)
-        pick = torch.rand_like(old.potential) < self.restart
-        position = torch.where(expand_like(pick, new.position), new.position, old.position)
-        last = torch.where(pick, new.potential, old.potential)
-        log_weight = torch.where(pick, new.log_weight - old.offset, old.log_weight)
-        return old._replace(position=position, potential=last, log_weight=log_weight)
+    def _advance(self, d: GibbsBoltzmann, x: Tensor | None) -> tuple[Chains, Moved]:
+        """Move the chains of this evaluation to the present parameters."""
+        data = _rows_of(d, x) if self.start == "data" else None
+        negatives = self._negatives(d)
+        rows = self._rows(d) if self.persistent else None
+        if rows is None:
+            begin = self._go_on(negatives, x, data)
+        else:
+            store = self._store(negatives, rows, data)
+            begin = take(store, rows.places, rows.axis)
+            begin = negatives.restart(begin, begin.age < 0, data)
+        chains, self.moved = negatives.step(begin, x=data)
+        if (chains.energy == -torch.inf).any():
+            raise ValueError("energy must not be minus infinity, which is no density")
+        self.chains = chains if rows is None else _put_back(store, chains, rows)
+        return chains, self.moved
 
-    def _fresh(self, free: Free, x: Tensor | None, step: Tensor, age: int) -> Negatives:
-        """Draw starting points, with the potential of the law that they come from."""
-        d = free.d
+    def _negatives(self, d: GibbsBoltzmann) -> Negatives:
+        """Say how chains move: at the first evaluation, longer."""
         volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
         self.weighted = self.weighted and math.isfinite(volume)  # else the base has no log Z
-        groups = 2 if self.weighted else 1
-        shape = torch.Size((-(-self.num_chains // groups), groups))
-        points = self._from_data(d, x, shape) if self.start == "data" else d.base.sample(shape)
-        z = free.encode(points)
-        potential = free.pull(lambda y: -d.base.log_prob(y))(z)
-        potential = potential + (volume if self.weighted else 0.0)
-        zero = torch.zeros_like(potential)
-        return Negatives(z, potential, zero, zero[0], zero[0], step, age)
-
-    def _from_data(self, d: GibbsBoltzmann, x: Tensor | None, sample: torch.Size) -> Tensor:
-        if x is None:
-            raise ValueError("start='data' needs observed points, got none; use start='base'")
-        shape = torch.broadcast_shapes(x.shape[: x.dim() - d.event_dim], d.batch_shape)
-        x = x.detach().expand(*shape, *d.event_shape)
-        rows = x.reshape(-1, *d.batch_shape, *d.event_shape)
-        return rows[torch.randint(len(rows), sample, device=x.device)]
-
-    def _reweight(self, chains: Negatives, potential: Energy) -> Negatives:
-        """Weigh chains by the change of their potential since their last move; resample."""
-        if not self.weighted:
-            return chains
-        now = potential(chains.position)
-        log_weight = chains.log_weight + chains.potential - now
-        log_weight = torch.where(log_weight.isnan(), -torch.inf, log_weight)
-        value, error, ess = from_weights(log_weight)
-        low = ess < len(log_weight) / 2
-        rows = systematic(torch.softmax(log_weight, 0))
-        wide = expand_like(rows, chains.position).expand_as(chains.position)
-        resampled = chains.position.gather(0, wide)
-        return chains._replace(
-            position=torch.where(expand_like(low, resampled[0]), resampled, chains.position),
-            offset=torch.where(low, chains.offset + value, chains.offset),
-            variance=torch.where(low, chains.variance + error.square(), chains.variance),
-            log_weight=torch.where(low, 0.0, log_weight),
+        # Unweighted chains have no other way to reach the model before the first gradient.
+        far = self.chains is None and self.start == "base" and not self.weighted
+        return Negatives(
+            d.expand((2, *d.batch_shape)) if self.weighted else d,
+            kernel=self.kernel,
+            num_steps=self.num_steps * (10 if far else 1),
+            step_size=self.step_size,
+            restart=self.restart if self.persistent else 0.0,
+            weighted=self.weighted,
         )
 
-    def _move(self, chains: Negatives, potential: Energy) -> Negatives:
-        """Move the chains and adapt their step."""
-        # Unweighted chains have no other way to reach the model before the first gradient.
-        burn_in = 10 if chains.age == 0 and self.start == "base" and not self.weighted else 1
-        log_step, age, rates = chains.log_step, chains.age, []
-        state = self.kernel(potential, 1.0).init(chains.position)
-        for _ in range(burn_in * self.num_steps):
-            step = log_step.exp().expand(chains.potential.shape)
-            state, info = self.kernel(potential, step).step(state)
-            rates.append(info.accept_prob.mean((0, 1)))
-            if self.step_size is None:
-                log_step = adapt(log_step, rates[-1], min(age, 200))
-            age += 1
-        if (state.energy == -torch.inf).any():
-            raise ValueError("energy must not be minus infinity, which is no density")
-        self.accept_rate = float(torch.stack(rates).mean())
-        position, energy = state.position, state.energy
-        return chains._replace(position=position, potential=energy, log_step=log_step, age=age)
+    def _fresh(self, negatives: Negatives, data: Tensor | None) -> Chains:
+        """Start all chains, with the step that was adapted before."""
+        num = -(-self.num_chains // (2 if self.weighted else 1))
+        at = num if data is None else data[spread(len(data), num, data.device)]
+        new, old = negatives.init(at), self.chains
+        if old is None or old.log_step.shape != new.log_step.shape:
+            return new
+        return new._replace(log_step=old.log_step, num_moves=old.num_moves)
+
+    def _go_on(self, negatives: Negatives, x: Tensor | None, data: Tensor | None) -> Chains:
+        """Return the chains of the last evaluation, unless they are to start anew."""
+        old = self.chains
+        if not self.persistent or old is None or old.age.shape[1:] != negatives.d.batch_shape:
+            return self._fresh(negatives, data)
+        if self._same_points(negatives.d, x):
+            return old
+        warnings.warn(
+            "Contrastive cannot tell to which rows of the data its chains belong, and starts them "
+            "anew: take mini-batches for a conditional energy by one pyro.plate(..., "
+            "subsample_size=...), and make the distribution inside it",
+            UserWarning,
+            stacklevel=6,
+        )
+        return self._fresh(negatives, data)
+
+    def _same_points(self, d: GibbsBoltzmann, x: Tensor | None) -> bool:
+        """Whether the points, one for each element of a batch, are those seen last."""
+        batch = d.batch_shape[1:] if self.weighted else d.batch_shape
+        if x is None or batch.numel() == 1 or x.shape != batch + d.event_shape:
+            return True
+        last, self._x = self._x, x.detach()
+        return last is None or torch.equal(last, self._x)
+
+    def _rows(self, d: GibbsBoltzmann) -> _Rows | None:
+        """Find the rows of the data that the batch is of, if one plate has drawn them."""
+        batch = len(d.batch_shape)
+        drawn = [(dim, *rows) for dim, rows in d._rows.items() if -dim <= batch]
+        own = [(dim, places, n) for dim, places, n in drawn if d.batch_shape[dim] == len(places)]
+        if len(own) != 1:
+            return None
+        dim, places, size = own[0]
+        return _Rows(places, 1 + self.weighted + batch + dim, size)
+
+    def _store(self, negatives: Negatives, rows: _Rows, data: Tensor | None) -> Chains:
+        """Return the chains of all rows, those of rows not seen yet with a negative age."""
+        shape = list(negatives.d.batch_shape)
+        shape[rows.axis - 1] = rows.size
+        if self.chains is not None and list(self.chains.age.shape[1:]) == shape:
+            return self.chains
+        everywhere = torch.zeros(rows.size, dtype=torch.long, device=rows.places.device)
+        new = take(self._fresh(negatives, data), everywhere, rows.axis)
+        return new._replace(age=torch.full_like(new.age, -1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the chains and the random state, for :func:`pyro_ebm.checkpoint.save`.
+
+        Raises:
+            ValueError: If there are no chains yet.
+        """
+        if self.chains is None:
+            raise ValueError("Contrastive must have been evaluated, got no chains to keep")
+        kept = {"site": self._site, "x": self._x, "weighted": self.weighted}
+        return {**Negatives.state_dict(self.chains), **kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from chains that were kept, and from their random state."""
+        self.chains = Negatives.load_state_dict(state)
+        self._site, self._x, self.weighted = state["site"], state["x"], state["weighted"]
+
+
+class _Rows(NamedTuple):
+    """Rows of the data: places along an axis of the chains, which has a number in all."""
+
+    places: Tensor
+    axis: int
+    size: int
+
+
+def _estimate(chains: Chains) -> LogPartition:
+    """Estimate log Z by the weights of the last group, with the error of all resamplings."""
+    assert chains.log_weight is not None
+    value, error, ess = (part[-1] for part in from_weights(chains.log_weight))
+    std_error = (chains.variance[-1] + error.square()).sqrt()
+    return LogPartition(chains.offset[-1] + value, std_error, ess)
+
+
+def _put_back(store: Chains, chains: Chains, rows: _Rows) -> Chains:
+    """Put the chains of some rows into the store; all rows share one step."""
+    new = put(store, chains, rows.places, rows.axis)
+    step = chains.log_step.mean(rows.axis - 1, keepdim=True)
+    return new._replace(log_step=step.expand_as(new.log_step).clone())
+
+
+def _rows_of(d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
+    """Return observed points as rows ``(m, *batch, *event)``."""
+    if x is None:
+        raise ValueError("start='data' needs observed points, got none; use start='base'")
+    shape = torch.broadcast_shapes(x.shape[: x.dim() - d.event_dim], d.batch_shape)
+    x = x.detach().expand(*shape, *d.event_shape)
+    return x.reshape(-1, *d.batch_shape, *d.event_shape)
 
 
 def _check_options(num_chains: int, num_steps: int, start: str, restart: float) -> None:
