@@ -10,15 +10,20 @@ from torch import Tensor
 from pyro_ebm.energy import Energy, describe, value_and_grad
 
 
+def check_points(*parts: Tensor) -> None:
+    """Refuse a batch without points: a mean over it would be NaN."""
+    for part in parts:
+        if not part.numel():
+            raise ValueError(f"points must not be empty, got the shape {tuple(part.shape)}")
+
+
 def energies(energy: Energy, *parts: Tensor) -> Tensor:
     """Return the energies of points, of one or several parts.
 
     Raises:
         ValueError: If there are no points.
     """
-    for part in parts:
-        if not part.numel():
-            raise ValueError(f"points must not be empty, got the shape {tuple(part.shape)}")
+    check_points(*parts)
     return energy(*parts)
 
 
@@ -88,7 +93,8 @@ def free_energy_of(energy: Energy, negatives: Tensor, entropy: Tensor) -> Tensor
     """
     if torch.is_grad_enabled() and not negatives.requires_grad:
         raise ValueError("negatives must carry the graph of how they were made, got none")
-    value, grad = value_and_grad(lambda x: energies(energy, x), negatives)
+    check_points(negatives)
+    value, grad = value_and_grad(energy, negatives)
     carried = (grad * (negatives - negatives.detach())).sum() / value.numel()  # zero
     return value.mean() + carried - entropy
 
