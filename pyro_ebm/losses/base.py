@@ -120,8 +120,8 @@ def nearest_neighbor_entropy(x: Tensor, num_neighbors: int = 1) -> Tensor:
         ValueError: If ``num_neighbors`` is not from 1 to n - 1.
 
     References:
-        | Sample Estimate of the Entropy of a Random Vector (Kozachenko and Leonenko, 1987)
-        | https://www.mathnet.ru/eng/ppi797
+        | On the Kozachenko-Leonenko Entropy Estimator (Delattre and Fournier, 2016)
+        | https://arxiv.org/abs/1602.07440
         | Estimating Mutual Information (Kraskov, Stoegbauer and Grassberger, 2004)
         | https://doi.org/10.1103/PhysRevE.69.066138
 
