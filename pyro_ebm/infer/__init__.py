@@ -3,6 +3,7 @@
 from pyro_ebm._audit import Finding, audit
 from pyro_ebm.infer.base import HMC, MALA, NUTS, ChEES, Tempered
 from pyro_ebm.infer.exchange import Exchange
+from pyro_ebm.infer.learning import EnergyLoss
 from pyro_ebm.infer.mcmc import MCMC, SamplingError
 from pyro_ebm.infer.recording import RecordedHMC, RecordedNUTS
 from pyro_ebm.infer.reparam import IndexReparam
@@ -13,6 +14,7 @@ __all__ = [
     "MCMC",
     "NUTS",
     "ChEES",
+    "EnergyLoss",
     "Exchange",
     "Finding",
     "IndexReparam",
