@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import learning_ising
 from pyro_ebm import losses
 from pyro_ebm.zoo import RBM, Ising, Potts
-from tests.common import EXACT
+from tests.common import EXACT, FAR
 
 PSEUDO, RATIO = losses.pseudo_likelihood, losses.ratio_matching
 FLOW, SCORE = losses.minimum_probability_flow, losses.concrete_score_matching
@@ -349,3 +350,81 @@ def test_it_works_without_gradients(loss):
                 value = loss(energy, BITS, **options)
             assert not value.requires_grad
             torch.testing.assert_close(value.clone(), want, **EXACT)
+
+
+# Errors of learned couplings, against exact asymptotics ----------------------------------------
+
+
+def features(x):
+    """Return the products of pairs of spins, then the spins."""
+    s = 2 * x - 1
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1)
+    return torch.cat([s[..., i] * s[..., j], s], -1)
+
+
+def of_parameters(loss, x, log_weight=None):
+    """Return the loss as a function of couplings and fields in one row."""
+    return lambda theta: loss(lambda x: -(features(x) @ theta), x, log_weight=log_weight)
+
+
+def spins(num, strength):
+    coupling, field = learning_ising.spin_glass(num, strength, 0.2)
+    theta = torch.cat([learning_ising.pairs(coupling), field])
+    x = learning_ising.states(num)
+    law = (features(x) @ theta).softmax(0)
+    return theta, x, law, learning_ising.asymptotics(coupling, field)
+
+
+BY_NAME = learning_ising.LOSSES
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_oracle_of_asymptotics_is_the_sandwich(name):
+    theta, x, law, known = spins(4, 1.5)
+    slopes, curvatures = [], []
+    for state in x:
+        point = of_parameters(BY_NAME[name], state.unsqueeze(0))
+        slopes.append(torch.autograd.functional.jacobian(point, theta))
+        curvatures.append(torch.autograd.functional.hessian(point, theta))
+    slope, curvature = torch.stack(slopes), torch.stack(curvatures)
+    bread = torch.linalg.inv((law.reshape(-1, 1, 1) * curvature).sum(0))
+    want = bread @ (slope.T @ (law.unsqueeze(1) * slope)) @ bread
+    torch.testing.assert_close(known[name], want, **EXACT)
+    bound = known["maximum likelihood"]
+    fisher = torch.cov(features(x).T, aweights=law, correction=0)
+    torch.testing.assert_close(torch.linalg.inv(bound), fisher, **EXACT)
+    assert torch.linalg.eigvalsh(want - bound).min() > -1e-10  # zero but for rounding, if least
+
+
+def learned_many(loss, theta, x, law, log_weights):
+    """Return the parameters of least loss for each row of weights, near the true ones."""
+    hessian = torch.autograd.functional.hessian(of_parameters(loss, x, law.log()), theta)
+
+    def step(found, log_weight):
+        grad = torch.func.grad(of_parameters(loss, x, log_weight))(found)
+        return found - torch.linalg.solve(hessian, grad)
+
+    found = theta.expand(len(log_weights), -1)
+    for _ in range(12):  # with the true Hessian in place of each one's own
+        before, found = found, torch.func.vmap(step, chunk_size=50)(found, log_weights)
+    assert (found - before).abs().max() < 1e-4  # the errors are of 1e-2
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_errors_are_as_large_as_theory_says(name):
+    size, repeats = 20_000, 200
+    theta, x, law, known = spins(8, 1.5)
+    counts = torch.multinomial(law, size * repeats, replacement=True).reshape(repeats, size)
+    counts = torch.stack([c.bincount(minlength=len(x)) for c in counts])
+    found = learned_many(BY_NAME[name], theta, x, law, counts.double().log())
+
+    def excess(covariance):
+        """Return by how many standard errors the squared errors exceed those of a covariance."""
+        total = (found - theta).square().sum() * size / repeats
+        return (total - covariance.trace()) / (2 * covariance.square().sum() / repeats).sqrt()
+
+    assert abs(excess(known[name])) < FAR
+    if name != "pseudo-likelihood":  # which is nearly as good as maximum likelihood
+        assert excess(known["maximum likelihood"]) > FAR
