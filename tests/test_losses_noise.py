@@ -1,5 +1,6 @@
 """Contrast with noise: binary, ranking, of a noise that learns; energy discrepancy."""
 
+import importlib
 import itertools
 import math
 
@@ -322,6 +323,14 @@ def test_of_a_gaussian_it_is_the_difference_of_energies_before_and_after_the_mov
     # The bias of a logarithm of a mean of 2000 is far below the spread of 30 such.
     assert (values.mean() - want).abs() < FAR * values.std() / math.sqrt(30)
     assert (values.mean() - want - 0.01).abs() > FAR * values.std() / math.sqrt(30)
+
+
+@pytest.mark.slow
+def test_it_learns_25_gaussians():
+    benchmark = importlib.import_module("benchmarks.learning_noise")  # which imports this module
+    row = benchmark.density_row("energy discrepancy, M = 4", 0.25, 600)
+    assert row["mse of log p"] < 0.1  # as METHODS asks
+    assert benchmark.density_row("energy discrepancy, M = 4, w = 0", 0.25, 60)["mse of log p"] > 1
 
 
 def test_impossible_negatives_do_no_harm():
