@@ -199,7 +199,7 @@ SCORE = {
         lambda: points((N, 2), (N, 2)),
         rows="aa",
         cost=(1, N),
-        blocked=(0,),
+        blocked=(0, 1),
     ),
     "multi_level_denoising_score_matching": Case(
         lambda e, x, noise, s: losses.multi_level_denoising_score_matching(
@@ -208,7 +208,7 @@ SCORE = {
         lambda: points((N, 2), (N, 2), (N,)),
         rows="aaa",
         cost=(1, N),
-        blocked=(0,),
+        blocked=(0, 1, 2),
         energy=lambda: Smooth(3),
     ),
 }

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -114,6 +115,21 @@ def test_a_gaussian_learns_the_covariance_of_the_data(name):
     theta = minimum(loss, torch.ones(9))
     torch.testing.assert_close(matrix(theta), torch.linalg.inv(covariance), **EXACT)
     torch.testing.assert_close(torch.linalg.solve(matrix(theta), theta[6:]), mean, **EXACT)
+
+
+@every_method
+def test_of_a_distribution_it_takes_the_potential(name):
+    """With base and temperature: beta E - log b."""
+    k = torch.tensor(0.3, requires_grad=True)
+    d = ebm.GibbsBoltzmann(
+        lambda x: k * gaussian(x), dist.Normal(torch.zeros(2), 0.5).to_event(1), beta=2.0
+    )
+    x = torch.randn(5, 2)
+    found = METHODS[name](d.potential, x)
+    want = METHODS[name](lambda x: (2.0 * k + 4.0) * gaussian(x), x)
+    torch.testing.assert_close(found, want, **EXACT)
+    slopes = [torch.autograd.grad(loss, k)[0] for loss in (found, want)]
+    torch.testing.assert_close(*slopes, **EXACT)
 
 
 def features(x):
