@@ -137,14 +137,12 @@ def torchebm(x: Tensor, num_hidden: int, lr: float, kind: str = "pcd") -> Loop:
 
 def ebmkit(x: Tensor, num_hidden: int, lr: float) -> Loop:
     """ebmkit's trainer: PCD with its RBM, Gibbs sampler and buffer; Adam."""
-    cls, sampler = need("ebm.nets").RBM, need("ebm.samplers.gibbs").GibbsSampler(1)
+    sampler = need("ebm.samplers.gibbs").GibbsSampler(1)
     buffer = need("ebm.buffer").ReplayBuffer(
         4 * BATCH, (x.shape[1],), 0.0, lambda shape: torch.bernoulli(torch.full(shape, 0.5))
     )
-    loss, model = (
-        need("ebm.losses").ContrastiveDivergence(sampler, buffer),
-        cls(x.shape[1], num_hidden),
-    )
+    model = need("ebm.nets").RBM(x.shape[1], num_hidden)
+    loss = need("ebm.losses").ContrastiveDivergence(sampler, buffer)
     trainer = need("ebm.training").Trainer(model, loss, lr=lr)
 
     def run(num_steps):
