@@ -1,0 +1,148 @@
+"""Densities on the plane by every loss, with exact likelihoods.
+
+All methods and peers learn the same network by the same loop (``plane_methods``), for the same CPU
+seconds; of peers the losses and samplers are as they come. ``gap`` is the exact divergence of the
+averaged model from the true density in nats, ``error`` that of its log Z. Negatives of chains are
+the model's only as far as the chains mix; all else is exact or importance weighted.
+
+    python -m benchmarks.learning_plane --plot docs/images/learning.png    the picture alone
+"""
+
+import argparse
+import math
+import time
+
+import pyro
+import torch
+
+import pyro_ebm as ebm
+from benchmarks.densities import DENSITIES, divergence, table
+from benchmarks.plane_methods import BASE, METHODS, Method, learn
+from benchmarks.plane_peers import PEERS
+from pyro_ebm.partition import Contrastive, Quadrature
+
+BEST = "maximum likelihood, importance"
+
+
+def row(name, who, method, seconds, seed=0):
+    """Learn, and measure the gap."""
+    begin = time.process_time()
+    try:
+        model, steps = learn(name, method, seconds, seed)
+    except ImportError as error:
+        return result(name, who, seed, math.nan, math.nan, 0, 0.0, str(error))
+    spent = time.process_time() - begin
+    return result(name, who, seed, *divergence(name, model), steps, spent, "")
+
+
+def result(*values):
+    columns = ("density", "method", "seed", "gap", "error", "steps", "CPU s", "missing")
+    return dict(zip(columns, values, strict=True))
+
+
+def methods(seconds, names=("ring", "moons")):
+    """Every method and every peer on the two densities of old."""
+    ours_and_peers = {**METHODS, **{who: Method(make) for who, make in PEERS.items()}}
+    return [
+        row(name, who, method, seconds) for name in names for who, method in ours_and_peers.items()
+    ]
+
+
+def shapes(seconds, names=tuple(DENSITIES), seeds=1):
+    """The best methods on all densities."""
+    best = (BEST, "noise contrast", "energy discrepancy")
+    return [
+        row(name, who, METHODS[who], seconds, seed)
+        for name in names
+        for who in best
+        for seed in range(seeds)
+    ]
+
+
+# log Z along the way -----------------------------------------------------------------------------
+
+
+def tracking(steps=600, names=("ring", "8 Gaussians"), batch=256):
+    """Return log Z by the weights of persistent chains and by the grid, along learning."""
+    return [found for name in names for found in track(name, steps, batch)]
+
+
+def track(name, steps, batch, seed=0):
+    pyro.set_rng_seed(seed)
+    data, network = DENSITIES[name](), ebm.zoo.MLPEnergy(2)
+    chains = Contrastive(num_chains=1024, num_steps=5)
+    d = ebm.GibbsBoltzmann(network, BASE, log_partition=chains)
+    optim = torch.optim.Adam(network.parameters(), lr=2e-3)
+    rows = []
+    for step in range(1, steps + 1):
+        loss = -d.log_prob(data.sample(batch)).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        if step % max(steps // 10, 1) == 0:
+            rows.append(
+                {"density": name, "step": step, "loss": loss.item(), **compared(d, chains)}
+            )
+    return rows
+
+
+@torch.no_grad()
+def compared(d, chains):
+    """Return log Z of the energy of the moment by its chains and by the grid."""
+    found = ebm.log_partition(d, chains)
+    truth = ebm.log_partition(d, Quadrature(-8.0, 8.0, 200)).value
+    off = (found.value - truth) / found.std_error
+    return {
+        "log Z, chains": found.value.item(),
+        "error": found.std_error.item(),
+        "log Z, grid": truth.item(),
+        "off, in errors": off.item(),
+    }
+
+
+def run(quick: bool) -> list[dict]:
+    """Return the rows of all parts."""
+    if quick:
+        return [*methods(0.1, ("ring",)), *shapes(0.1, ("moons",)), *tracking(20, ("ring",), 64)]
+    return [*methods(15.0), *shapes(30.0, seeds=3), *tracking()]
+
+
+def plot(path, seconds):
+    """Draw the true densities, and what was learned beneath them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(DENSITIES), figsize=(14, 4.4), layout="constrained")
+    for (above, below), name in zip(axes.T, DENSITIES, strict=True):
+        model, _ = learn(name, METHODS[BEST], seconds)
+        points, mass, _ = table(name)
+        with torch.no_grad():
+            learned = (-model(points)).softmax(0)
+        for panel, density in ((above, mass), (below, learned)):
+            side = math.isqrt(len(density))
+            image = density.reshape(side, side).T.numpy()
+            panel.imshow(
+                image, origin="lower", extent=(-4, 4, -4, 4), vmin=0, vmax=mass.max(), cmap="magma"
+            )
+            panel.set(xticks=[], yticks=[])
+        gap, _ = divergence(name, model)
+        above.set_title(name)
+        below.set_xlabel(f"gap {gap:.3f} nats")
+    axes[0, 0].set_ylabel("true")
+    axes[1, 0].set_ylabel("learned")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a panel of the picture")
+    parser.add_argument("--plot", metavar="PATH", help="draw the picture instead")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.plot:
+        plot(args.plot, args.seconds)
+    else:
+        print(*run(args.quick), sep="\n")
