@@ -349,7 +349,10 @@ def test_impossible_negatives_do_no_harm():
 
 POINTS = (4, 2)
 WIDE = dist.Normal(torch.zeros(2), 1.0)
+NO_LOG_Z = ebm.GibbsBoltzmann(gaussian, WIDE.to_event(1))
 REFUSED = {
+    "normalised": lambda x: noise_contrastive(gaussian, x, x, NO_LOG_Z),
+    "be normalised": lambda x: flow_contrastive(gaussian, x, x, NO_LOG_Z),
     "one number per point": lambda x: noise_contrastive(gaussian, x, x, WIDE),
     "by rsample": lambda x: flow_contrastive(gaussian, x, x, WIDE.to_event(1)),
     "dimension of their own": lambda x: ranking_noise_contrastive(gaussian, x, x, WIDE),

@@ -13,6 +13,7 @@ from pyro_ebm.losses import (
     denoising_autoencoder,
     denoising_score_matching,
     masked_autoencoder,
+    pseudo_likelihood,
 )
 from tests.common import EXACT, NUMERIC
 
@@ -156,6 +157,19 @@ def test_masked_bits_learn_their_conditional_laws():
     p = want[masks]
     entropy = -(p.xlogy(p) + (1 - p).xlogy(1 - p)).mean()
     torch.testing.assert_close(loss(), entropy, rtol=0, atol=1e-4)  # its excess is quadratic
+
+
+def test_of_single_bits_it_is_the_pseudo_likelihood():
+    """Of an energy's own conditional laws."""
+    energy, x = ebm.zoo.Ising(3, torch.randn(3, 3).triu(1), torch.randn(3)), BITS
+    masks = torch.eye(3, dtype=torch.bool)[:, None].expand(-1, 8, -1)
+
+    def law(shown, mask):
+        log_odds = energy(shown) - energy(shown + mask.to(shown))
+        return dist.Bernoulli(logits=log_odds.unsqueeze(-1).expand(mask.shape))
+
+    found = 3 * masked_autoencoder(law, x, masks)
+    torch.testing.assert_close(found, pseudo_likelihood(energy, x), **EXACT)
 
 
 def test_numbers_learn_their_conditional_means():

@@ -43,8 +43,8 @@ def noise_contrastive(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, or the energy and the noise do not have one number
-            per point each.
+        ValueError: If there are no points, the noise is not normalised, or it and the energy do
+            not have one number per point each.
 
     References:
         | Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to
@@ -60,6 +60,7 @@ def noise_contrastive(
         >>> log_z.grad < 0                    # the true one is log 2 pi
         tensor(True)
     """
+    _check_normalized(noise)
     data = _log_ratio(energy, x, noise)
     return _classify(data, _log_ratio(energy, negatives.detach(), noise), log_partition)
 
@@ -107,6 +108,7 @@ def flow_contrastive(
         >>> loc.grad < 0                                  # the noise moves towards the data
         tensor([True, True])
     """
+    _check_normalized(noise)
     if torch.is_grad_enabled() and not negatives.requires_grad:
         raise ValueError("negatives must carry the gradient of the noise: draw them by rsample")
     if isinstance(log_partition, Tensor):
@@ -202,6 +204,12 @@ def energy_discrepancy(energy: Energy, x: Tensor, perturbed: Tensor, *, w: float
     difference = energy(x) - energy(perturbed.detach())
     log_w = math.log(w) if w else -math.inf
     return _rank(difference, log_w) - math.log(len(perturbed))
+
+
+def _check_normalized(noise: Any) -> None:
+    """Refuse noise without a log Z of its own, which the model's would take in."""
+    if not getattr(noise, "is_normalized", True):
+        raise ValueError("noise must be normalised, got a distribution without log_partition")
 
 
 def _check_rank(x: Tensor, negatives: Tensor) -> None:
