@@ -28,7 +28,7 @@ def noise_contrastive(
 
     :math:`s` is the logistic function, :math:`q` the noise, :math:`\nu = m / n` its draws per
     point. Give log Z as a parameter of its own: at the optimum it is the true one; without it the
-    energy learns to be normalised. The noise must be found wherever the data are. The nearer it
+    energy learns to be normalised. The noise must have mass wherever the data have. The nearer it
     is to them and the larger :math:`\nu`, the smaller the error, down to that of maximum
     likelihood. ``n + m`` energies, no derivatives in the points.
 
