@@ -334,6 +334,8 @@ def test_what_is_wrong_is_named(loss):
         loss(energy, BITS[:0])
     with pytest.raises(ValueError, match="chunk_size must be positive, got 0"):
         loss(energy, BITS, chunk_size=0)
+    with pytest.raises(ValueError, match="values must hold two or more values"):
+        loss(energy, BITS, torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"log_weight must have .*\(16,\), got \(3,\)"):
         loss(energy, BITS, log_weight=torch.zeros(3))
     with pytest.raises(ValueError, match="must return one energy per point"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyro_ebm._sites import check_values
 from pyro_ebm.energy import Energy, describe, differentiable
 from pyro_ebm.losses.base import check_weights, energies, weighted_mean
 
@@ -49,8 +50,9 @@ def pseudo_likelihood(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, an energy or weight is not one per point, or the
-            energy is not affine where it should be.
+        TypeError: If ``values`` is not a tensor.
+        ValueError: If there are no points, ``values`` are less than two, an energy or weight is
+            not one per point, or the energy is not affine where it should be.
 
     References:
         | Statistical Analysis of Non-Lattice Data (Besag, 1975)
@@ -245,6 +247,7 @@ def _rises(
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     x = x.detach()
     values = torch.arange(2).to(x) if values is None else values
+    check_values(values)
     values = values.reshape(len(values), -1)  # shape: (K, p), a component has p numbers
     value, slope = _value_and_slope(energy, x) if affine else (energies(energy, x), None)
     sites = x.reshape(value.numel(), -1, values.shape[-1])  # shape: (n, d, p)
