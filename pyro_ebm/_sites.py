@@ -82,6 +82,11 @@ def _same(sites: Tensor, values: Tensor) -> Tensor:
     return same.flatten(1 - values.dim()).all(-1)
 
 
+def moved_on(code: Tensor, shift: Tensor, num: int) -> Tensor:
+    """Return the numbers of the values some places on in the cycle of all ``num``."""
+    return code ^ shift if num == 2 else (code + shift) % num  # remainders are slow
+
+
 def flip(flat: Tensor, values: Tensor, at: Tensor, shift: Tensor) -> Tensor:
     """Move components on by some places in the cycle of the values.
 
@@ -93,7 +98,7 @@ def flip(flat: Tensor, values: Tensor, at: Tensor, shift: Tensor) -> Tensor:
     """
     index = at.reshape(*at.shape, *[1] * (values.dim() - 1)).expand(*at.shape, *values.shape[1:])
     code = codes_of(flat.gather(at.dim() - 1, index), values)
-    return flat.scatter(at.dim() - 1, index, values[(code + shift) % len(values)].to(flat))
+    return flat.scatter(at.dim() - 1, index, values[moved_on(code, shift, len(values))].to(flat))
 
 
 def draw(weight: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
-from pyro_ebm._sites import check_sites, check_values, codes_of, draw, flat_sites, flip
+from pyro_ebm._sites import check_sites, check_values, codes_of, draw, flat_sites, flip, moved_on
 from pyro_ebm.energy import Energy, value_and_grad
 from pyro_ebm.kernels.base import (
     Kernel,
@@ -36,10 +36,9 @@ def gibbs_with_gradients(
     .. math:: q(x' \mid x) \propto g(e^{-\nabla U(x)^\top (x' - x)})
 
     over the points that differ from x in one component; Metropolis corrects for what the first
-    order misses. With more flips it is the path-auxiliary sampler: r components, none twice, one
-    after the other, all weights from the gradient at x; the way back takes them in reverse. The
-    number r is uniform from 1 to ``2 * num_flips - 1``, anew for each chain and step. A step costs
-    one gradient.
+    order misses. With more flips it is the path-auxiliary sampler: r components one after the
+    other, none twice, with weights from the gradient at x. The number r is uniform from 1 to
+    ``2 * num_flips - 1``, anew for each chain and step. A step costs one gradient.
 
     The energy must take points between the values, though only those at the values count. Points
     of whole numbers are handed to it in torch's default floating-point type.
@@ -88,9 +87,8 @@ def gibbs_with_gradients(
         proposal = _start(energy, new.reshape(state.position.shape))
         back = log_g(_gains(proposal, values))
         # Back from the k-th next value in the cycle is forth by K - k.
-        ratio = _log_path(back, at, len(values) - 2 - code, used, back=True)
-        ratio = ratio - _log_path(scores, at, code, used, back=False)
-        return metropolis(state, proposal, ratio)
+        ratio = _log_path(back, at, len(values) - 2 - code, used)
+        return metropolis(state, proposal, ratio - _log_path(scores, at, code, used))
 
     return Kernel(_init(energy, values), step)
 
@@ -136,21 +134,21 @@ def discrete_mala(
     log_g, num = _log_balance(balance), len(values)
 
     def table(state: State) -> Tensor:
-        """Return the logs of the probabilities of the shifts 0 to K - 1."""
-        move = log_g(_gains(state, values))
-        step = torch.as_tensor(step_size, dtype=move.dtype, device=move.device)
-        step = expand_like(step.expand(state.energy.shape), move)
-        move = move - _distances(state, values).to(move) / (2 * step)
-        stay = log_g(torch.zeros_like(move[..., :1]))
-        return torch.cat([stay, move], -1).log_softmax(-1)
+        """Return the logits of the moves by 1 to K - 1 values, that of staying being zero."""
+        gain = _gains(state, values)
+        step = torch.as_tensor(step_size, dtype=gain.dtype, device=gain.device)
+        step = expand_like(step.expand(state.energy.shape), gain)
+        distance = _distances(state, values).to(gain)
+        return log_g(gain) - log_g(gain.new_zeros(())) - distance / (2 * step)
 
     def step(state: State) -> tuple[State, MoveInfo]:
-        log_prob = table(state)
-        shift = draw(log_prob.exp())
+        logits = table(state)
+        shift = _shift(logits)
         sites = flat_sites(state.position, values, state.energy.dim())
-        new = values[(codes_of(sites, values) + shift) % num].to(sites)
+        new = values[moved_on(codes_of(sites, values), shift, num)].to(sites)
         proposal = _start(energy, new.reshape(state.position.shape))
-        ratio = _pick(table(proposal), -shift % num) - _pick(log_prob, shift)
+        back = shift if num == 2 else -shift % num
+        ratio = _log_shift(table(proposal), back) - _log_shift(logits, shift)
         return metropolis(state, proposal, ratio.sum(-1))
 
     return Kernel(_init(energy, values), step)
@@ -207,8 +205,19 @@ def _distances(state: State, values: Tensor) -> Tensor:
     return table[codes_of(flat_sites(state.position, values, state.energy.dim()), values)]
 
 
-def _pick(table: Tensor, code: Tensor) -> Tensor:
-    return table.gather(-1, code.unsqueeze(-1)).squeeze(-1)
+def _shift(logits: Tensor) -> Tensor:
+    """Draw by how many values each component moves, from logits ``(*chains, n, K - 1)``."""
+    if logits.shape[-1] == 1:
+        return (torch.rand_like(logits) < logits.sigmoid()).squeeze(-1).long()
+    return draw(pad(logits, (1, 0)).softmax(-1))
+
+
+def _log_shift(logits: Tensor, shift: Tensor) -> Tensor:
+    """Return the log-probabilities of these moves."""
+    if logits.shape[-1] == 1:  # as below, where a softmax over two is slow
+        return logsigmoid(logits.squeeze(-1) * (2 * shift - 1))
+    table = pad(logits, (1, 0)).log_softmax(-1)
+    return table.gather(-1, shift.unsqueeze(-1)).squeeze(-1)
 
 
 def _sites(scores: Tensor) -> Tensor:
@@ -219,6 +228,9 @@ def _sites(scores: Tensor) -> Tensor:
 def _path(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Draw components one by one, none twice: their numbers, and which of them are to move."""
     site = _sites(scores)
+    if most == 1:
+        at = draw(site.softmax(-1)).unsqueeze(-1)
+        return at, torch.ones_like(at, dtype=torch.bool)
     gumbel = -(-torch.rand_like(site).log()).log()
     at = (site + gumbel).topk(most, -1).indices  # shape: (*chains, most)
     num = torch.randint(1, most + 1, (*at.shape[:-1], 1), device=at.device)
@@ -233,11 +245,11 @@ def _value(scores: Tensor, at: Tensor) -> Tensor:
     return draw(rows.softmax(-1))
 
 
-def _log_path(scores: Tensor, at: Tensor, code: Tensor, used: Tensor, *, back: bool) -> Tensor:
-    """Return the log-probability of a path of moves, or that of the way back.
+def _log_path(scores: Tensor, at: Tensor, code: Tensor, used: Tensor) -> Tensor:
+    """Return the log-probability of a path of moves.
 
     Each move has its share of what is left: the weights of all components but those that moved
-    before.
+    before. The way back has the same order: that takes each path to one path, and back.
     """
     site, num = _sites(scores), scores.shape[-1]
     move = scores.flatten(-2).gather(-1, at * num + code)
@@ -246,5 +258,5 @@ def _log_path(scores: Tensor, at: Tensor, code: Tensor, used: Tensor, *, back: b
     picked = site.gather(-1, at)
     own = torch.where(used, picked, -torch.inf)
     rest = site.scatter(-1, at, torch.where(used, -torch.inf, picked)).logsumexp(-1, keepdim=True)
-    later = own.logcumsumexp(-1) if back else own.flip(-1).logcumsumexp(-1).flip(-1)
+    later = own.flip(-1).logcumsumexp(-1).flip(-1)
     return torch.where(used, move - torch.logaddexp(rest, later), 0.0).sum(-1)
