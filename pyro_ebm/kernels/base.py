@@ -74,9 +74,12 @@ def placed(position: Tensor, value: Tensor, grad: Tensor) -> State:
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
-    """Refuse what is not positive and finite: a number, or any element of a tensor."""
+    """Refuse what is not positive and finite: a number, or any element of a tensor.
+
+    Tensors on an accelerator are not looked at, which would wait for it.
+    """
     if isinstance(value, Tensor):
-        fine = bool(((value > 0) & value.isfinite()).all())
+        fine = value.device.type != "cpu" or bool(((value > 0) & value.isfinite()).all())
     else:
         fine = not isinstance(value, Real) or 0.0 < value < float("inf")
     if not fine:
