@@ -83,7 +83,7 @@ def gibbs_with_gradients(
         scores = log_g(_gains(state, values))  # shape: (*chains, n, K - 1)
         at, used = _path(scores, min(2 * num_flips - 1, scores.shape[-2]))
         code = _value(scores, at)
-        new = flip(flat, values, at, torch.where(used, code + 1, 0))
+        new = flip(flat, values, at, (code + 1) * used)
         proposal = _start(energy, new.reshape(state.position.shape))
         back = log_g(_gains(proposal, values))
         # Back from the k-th next value in the cycle is forth by K - k.
