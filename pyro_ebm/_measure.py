@@ -2,75 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from pyro_ebm.energy import Energy, differentiable
 
-POWER_STEPS = 3  # a lower bound of the largest curvature, near enough to see a canyon
+POWER_STEPS = 2  # a lower bound of the largest curvature, near enough to see a canyon
 Numbers = dict[str, Tensor]
 
 
-def energies(x: Tensor, negatives: Tensor | None, plain: Tensor) -> Numbers:
-    """Compare the energies of data ``(n,)`` and of negatives ``(m,)``.
+class Seen(NamedTuple):
+    """What a loop shows: parts of data and of negatives, all chains and the record of moves."""
 
-    ``plain`` are the energies of both without the base.
-    """
-    found = {"energy_data": x.mean(), "sd_data": x.std(correction=0)}
-    found["spread"] = plain.std(correction=0)
-    if negatives is not None:
-        found["energy_negatives"] = negatives.mean()
-        found["sd_negatives"] = negatives.std(correction=0)
-        pooled = ((found["sd_data"].square() + found["sd_negatives"].square()) / 2).sqrt()
-        found["gap"] = (found["energy_negatives"] - found["energy_data"]) / pooled
-    return found
+    x: tuple[Tensor, ...]
+    negatives: tuple[Tensor, ...] | None
+    chains: Tensor | None
+    info: Any
 
+    @classmethod
+    def of(cls, x: Any, negatives: Any, info: Any, state: Any) -> Seen:
+        """Take points as tensors, tuples of parts, or with what moved them."""
+        if hasattr(negatives, "moved"):  # a Contrastive; its first group feeds the gradient
+            group = negatives.weighted
+            negatives = negatives.moved
+            negatives = negatives._replace(x=negatives.x[:, 0]) if group else negatives
+        if hasattr(negatives, "accept_prob"):  # of ebm.Negatives
+            info = negatives if info is None else info
+            negatives = negatives.x if negatives.label is None else (negatives.x, negatives.label)
+        parts = None if negatives is None else _parts(negatives)
+        chains = parts[0] if parts and state is None else getattr(state, "position", None)
+        return cls(_parts(x), parts, None if chains is None else chains.detach(), info)
 
-def places(x: Tensor, negatives: Tensor, walls: tuple[Any, Any] | None) -> Numbers:
-    """Say where negatives are, in units of the data's spread; ``walls`` None: points are discrete.
-
-    From their coordinates: of several parts, of the first.
-    """
-    x, negatives = _flat(x), _flat(negatives)
-    variance, centre = torch.var_mean(x, 0, correction=0)
-    reach = (x - centre).norm(dim=1).max()
-    found = {"radius": (negatives - centre).norm(dim=1).median() / reach}
-    narrow = negatives.var(0, correction=0) <= 1e-6 * variance
-    varies = variance > 0
-    found["stuck"] = (narrow & varies).sum() / varies.sum()
-    if walls is not None:
-        found["bounded"] = _bounded(x, negatives, *walls)
-        if x.shape == negatives.shape:  # chains that start at the data, all moves refused
-            found["refused"] = (negatives == x).all(1).to(x.dtype).mean()
-    return found
+    def some(self, count: int) -> Seen:
+        """Return the first points and chains."""
+        few = [p and tuple(a[:count] for a in p) for p in (self.x, self.negatives)]
+        chains = None if self.chains is None else self.chains[:count]
+        return Seen(few[0] or (), few[1], chains, self.info)
 
 
-def spread(x: Tensor) -> Tensor:
-    """Return the standard deviation of points over all components, a number for all of them."""
-    return _flat(x).var(0, correction=0).mean().sqrt()
+def _parts(points: Any) -> tuple[Tensor, ...]:
+    return tuple(part.detach() for part in (points if isinstance(points, tuple) else (points,)))
 
 
-def movement(x: Tensor, before: Tensor, now: Tensor) -> Numbers:
-    """Say how far chains have moved in one update, in units of the data's spread.
+class Data(NamedTuple):
+    """Data as rows ``(n, D)``, with the ``centre`` and ``variance`` of each component."""
 
-    Those that end where they began, at their data, have not been there for an update.
-    """
-    step = (_flat(now) - _flat(before)).norm(dim=1)
-    still = step == 0
-    if now.shape == x.shape:
-        still &= (_flat(now) != _flat(x)).any(1)
-    scale = spread(x) * _flat(x).shape[1] ** 0.5
-    return {
-        "movement": step.square().mean().sqrt() / scale,
-        "still": still.to(step.dtype).mean(),
-    }
+    rows: Tensor
+    centre: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Data:
+        """Look at data of any event."""
+        variance, centre = torch.var_mean(_rows(x), 0, correction=0)
+        return cls(_rows(x), centre, variance)
+
+    def numbers(self) -> Numbers:
+        """Return their total variance and their reach, the largest distance from the centre."""
+        reach = vector_norm(self.rows - self.centre, dim=1).max()
+        return {"variance": self.variance.sum(), "reach": reach}
 
 
-def _flat(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     x = x.reshape(len(x), -1)
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
+def energies(whole: Tensor, plain: Tensor, num_data: int) -> Numbers:
+    """Compare energies of data, which come first, and of negatives; ``plain``: without base."""
+    found = {"spread": plain.std(correction=0)}
+    for name, part in (("data", whole[:num_data]), ("negatives", whole[num_data:])):
+        if len(part):
+            sd, found[f"energy_{name}"] = torch.std_mean(part, correction=0)
+            found[f"sd_{name}"] = sd
+    return found
+
+
+def places(data: Data, negatives: Tensor, walls: tuple[Any, Any] | None) -> Numbers:
+    """Say where negatives are; ``walls`` is None where points are discrete."""
+    points = _rows(negatives)
+    found = {"distance": vector_norm(points - data.centre, dim=1).median()}
+    varies = data.variance > 0
+    stuck = (points.var(0, correction=0) <= 1e-6 * data.variance) & varies
+    found |= {"stuck": stuck.sum() / varies.sum()}
+    if walls is not None:
+        found["bounded"] = _bounded(data.rows, points, *walls)
+        if points.shape == data.rows.shape:  # chains that start at the data, all moves refused
+            found["refused"] = (points == data.rows).all(1).to(points.dtype).mean()
+    return found
 
 
 def _bounded(x: Tensor, negatives: Tensor, low: Any, high: Any) -> Tensor:
@@ -80,31 +103,45 @@ def _bounded(x: Tensor, negatives: Tensor, low: Any, high: Any) -> Tensor:
     components are equal to them.
     """
     if low is None or high is None:
-        low, high = negatives.min(), negatives.max()
-        margin = 0.0
+        low, high = negatives.aminmax()
+        near = [(a == low) | (a == high) for a in (negatives, x)]
     else:
         margin = 1e-3 * (high - low)
-    near = [
-        ((a <= low + margin) | (a >= high - margin)).to(x.dtype).mean() for a in (negatives, x)
-    ]
-    return near[0] - near[1]
+        near = [(a <= low + margin) | (a >= high - margin) for a in (negatives, x)]
+    return near[0].to(x.dtype).mean() - near[1].to(x.dtype).mean()
+
+
+def movement(data: Data, before: Tensor, now: Tensor) -> Numbers:
+    """Say how far chains have moved in one update.
+
+    Those that end where they began, at their data, have not been there for an update.
+    """
+    new = _rows(now)
+    step = vector_norm(new - _rows(before), dim=1)
+    still = step == 0
+    if new.shape == data.rows.shape:
+        still &= (new != data.rows).any(1)
+    return {"step": step.square().mean().sqrt(), "still": still.to(step.dtype).mean()}
 
 
 def moves(info: Any) -> Numbers:
-    """Read records of moves: of the last one, of all in a list, or stacked by the loop."""
-    infos = list(info) if isinstance(info, list) else [info]
+    """Read records of moves: of one, of all in a list, or stacked by the loop."""
+    infos = info if isinstance(info, list) else [info]
     found: Numbers = {}
     for name, field in (("acceptance", "accept_prob"), ("temperature", "temperature")):
-        values = [getattr(i, field).mean() for i in infos if hasattr(i, field)]
-        if values:
-            found[name] = torch.stack(values).mean()
-    path = torch.stack([i.energy for i in infos]) if len(infos) > 1 else infos[0].energy
+        if hasattr(infos[-1], field):
+            found[name] = torch.stack([getattr(i, field) for i in infos]).mean()
+    last: Any = getattr(
+        infos[-1], "info", infos[-1]
+    )  # what Negatives has moved, with the kernel's
+    if last is not infos[-1] and hasattr(last, "temperature"):
+        found["temperature"] = last.temperature.mean()
+    path = torch.stack([i.energy for i in infos]) if len(infos) > 1 else last.energy
     if path.dim() > 1 and len(path) > 3:
         path = path.flatten(1)
-        change = path[-1] - path[(len(path) - 1) // 2]
-        found["drift"] = change.mean() / path[-1].std(correction=0)
-        found["drift_error"] = found["drift"].abs() * change.std() / change.mean().abs()
-        found["drift_error"] = found["drift_error"] / len(change) ** 0.5
+        sd, found["change"] = torch.std_mean(path[-1] - path[(len(path) - 1) // 2])
+        found["change_error"] = sd / path.shape[1] ** 0.5
+        found["sd_path"] = path[-1].std(correction=0)
     return found
 
 
@@ -116,16 +153,14 @@ def curvature(potential: Energy, x: Tensor, scale: Tensor, probe: Tensor) -> Num
     """
     with differentiable():
         y = torch.zeros_like(x).requires_grad_()
-        value = potential(x + scale * y)
-        (grad,) = torch.autograd.grad(value.sum(), y, create_graph=True)
+        (grad,) = torch.autograd.grad(potential(x + scale * y).sum(), y, create_graph=True)
         found = {"force": grad.detach().flatten(1).norm(dim=1).mean()}
         v = probe
         for i in range(POWER_STEPS):
             product = _product(grad, y, v)
             if i == 0:
                 found["trace"] = (product * probe).flatten(1).sum(1).mean()
-            norm = product.flatten(1).norm(dim=1)
-            ratio = norm / v.flatten(1).norm(dim=1)
+            ratio = product.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
             v = product
         found["curvature"] = ratio.nan_to_num(0.0).median()
     return found
@@ -139,29 +174,28 @@ def _product(grad: Tensor, y: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(v) if product is None else product
 
 
-class Seen(NamedTuple):
-    """What a loop shows: parts of data and of negatives, all chains and the record of moves."""
-
-    x: tuple[Tensor, ...]
-    negatives: tuple[Tensor, ...] | None
-    chains: Tensor | None
-    info: Any
-
-    @classmethod
-    def of(cls, x: Any, negatives: Any, info: Any, state: Any) -> Seen:
-        """Take points as tensors, tuples of parts, or with their kernel's or sampler's state."""
-        if hasattr(negatives, "accept_rate"):  # a Contrastive, which keeps what it moved last
-            negatives = negatives.moved
-        if hasattr(negatives, "accept_prob"):
-            info = negatives.info if info is None else info
-            negatives = negatives.x if negatives.label is None else (negatives.x, negatives.label)
-        parts, others = _parts(x), _parts(negatives)
-        chains = others[0] if others and state is None else getattr(state, "position", None)
-        return cls(parts or (), others, None if chains is None else chains.detach(), info)
+def to_host(numbers: Numbers) -> dict[str, float]:
+    """Fetch numbers, with one wait for their device, and put them in their units."""
+    dtype = numbers["energy_data"].dtype
+    values = torch.stack([v if v.dtype == dtype else v.to(dtype) for v in numbers.values()])
+    known = dict(zip(numbers, values.tolist(), strict=True))
+    for name, (above, below) in RATIOS.items():
+        if above in known:
+            known[name] = _ratio(known[above], known[below])
+    if "sd_negatives" in known:
+        pooled = ((known["sd_data"] ** 2 + known["sd_negatives"] ** 2) / 2) ** 0.5
+        known["gap"] = _ratio(known["energy_negatives"] - known["energy_data"], pooled)
+    if "step" in known:
+        known["movement"] = _ratio(known.pop("step"), known["variance"] ** 0.5)
+    return known
 
 
-def _parts(points: Any) -> tuple[Tensor, ...] | None:
-    if points is None:
-        return None
-    parts = points if isinstance(points, tuple) else (points,)
-    return tuple(part.detach() for part in parts)
+RATIOS: Mapping[str, tuple[str, str]] = {
+    "radius": ("distance", "reach"),
+    "drift": ("change", "sd_path"),
+    "drift_error": ("change_error", "sd_path"),
+}
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("nan")

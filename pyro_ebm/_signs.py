@@ -4,46 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+NONE = [float("nan")] * 3
 History = Mapping[str, Sequence[float]]
-LOOKS = 3  # a sign must show itself in so many looks in a row, unless one is proof
+LOOKS = 2  # a sign must show itself in so many looks in a row, unless one is proof
 
 
 def find(history: History) -> dict[str, str]:
     """Return what is wrong at the last look: kind -> what was seen and what to do.
 
-    The symptoms of what is found are left out: they would mislead.
+    The symptoms of what is found are left out: they would mislead. What a look has not measured
+    is "".
     """
-    found = {kind: text for kind, rule in RULES.items() if (text := rule(history))}
-    hidden = {symptom for kind in found for symptom in SYMPTOMS.get(kind, ())}
+    found = {kind: text for kind, rule in RULES.items() if (text := rule(history)) is not None}
+    hidden = {
+        symptom for kind, text in found.items() if text for symptom in SYMPTOMS.get(kind, ())
+    }
     return {kind: text for kind, text in found.items() if kind not in hidden}
 
 
 def _last(history: History, name: str, count: int = LOOKS) -> list[float]:
     """Return the last numbers; where one is missing, NaN, which no comparison holds for."""
     values = history[name][-count:]
-    known = len(values) == count and all(v == v for v in values)
-    return list(values) if known else [float("nan")] * count
+    return list(values) if len(values) == count and sum(values) == sum(values) else NONE[:count]
 
 
 def _grows(values: Sequence[float], factor: float) -> bool:
-    return all(b > factor * a for a, b in zip(values, values[1:], strict=False))
+    return len(values) > 2 and all(
+        b > factor * a for a, b in zip(values, values[1:], strict=False)
+    )
 
 
 def _blow_up(history: History) -> str | None:
-    """Numbers that grow by half at each look, or threefold, to where no sound run is."""
-    looks = zip(*(history[name][-4:] for name in SIZES), strict=True)
+    """Numbers that double from look to look, to where no sound run is."""
+    looks = zip(*(history[name][-3:] for name in SIZES), strict=True)
     size = [max((abs(v) for v in look if v == v), default=0.0) for look in looks]
-    (dim,) = _last(history, "dim", 1)
-    far = _last(history, "radius", 4)[0] > 3  # chains lost before it began are another kind
-    grows = len(size) == 4 and (_grows(size, 1.5) or _grows(size[1:], 3.0))
-    if grows and size[-1] > 100 * (1 + dim**0.5) and not far:
+    far = _last(history, "radius", 3)[0] > 3  # chains lost before it began are another kind
+    if _grows(size, 2.0) and size[-1] > 100 * (1 + history["dim"][-1] ** 0.5) and not far:
         return (
             f"energies grow exponentially: {_list(size)} at the last looks. Lower the learning "
             "rate, clip gradients, or hold the energies down by losses.energy_l2 or spectral_norm"
         )
-    gradient = _last(history, "gradient", 4)
-    first = min((v for v in history["gradient"][:-3] if v == v), default=float("nan"))
-    if _grows(gradient, 1.5) and gradient[-1] > 100 * first:
+    gradient = _last(history, "gradient", 3)
+    alone = history["gap"][-1] != history["gap"][-1]  # without negatives
+    if alone and _grows(gradient, 2.0) and gradient[-1] > 100 * min(history["gradient"]):
         return (
             f"gradients grow exponentially: their norms are {_list(gradient)} at the last looks. "
             "Lower the learning rate, or clip gradients"
@@ -85,8 +88,8 @@ def _saturated(history: History) -> str | None:
 
 
 def _runaway(history: History) -> str | None:
-    radius, energy = _last(history, "radius"), _last(history, "energy_negatives")
-    falls = all(b < a for a, b in zip(energy, energy[1:], strict=False))
+    radius, energy = _last(history, "radius", 3), _last(history, "energy_negatives", 3)
+    falls = energy[0] > energy[1] > energy[2]
     if falls and _grows(radius, 1.1) and radius[-1] > 3:
         return (
             f"the energy has no normaliser: the negatives run away, to {radius[-1]:.3g} times the "
@@ -108,8 +111,8 @@ def _far(history: History) -> str | None:
 
 
 def _flat(history: History) -> str | None:
-    spread = _last(history, "spread", 4)
-    if max(spread) < 1e-3 and spread[-1] < 1.5 * max(spread[0], 1e-300):
+    spread = _last(history, "spread")
+    if max(spread) < 1e-3 and spread[-1] <= 1.5 * spread[0]:
         return (
             f"the energy is flat: it varies by {spread[-1]:.2g} nats over data and negatives and "
             "does not grow. Look for dead units, too strong a penalty or too low a learning rate"
@@ -155,15 +158,17 @@ def _temperature(history: History) -> str | None:
 
 
 def _curvature(history: History) -> str | None:
-    known = [v for v in history["curvature"] if v == v]
-    value = known[-1] if known else 1.0
+    value = history["curvature"][-1]
+    if value != value:
+        return ""
     if value > 1e4:
         return (
             f"the data lie in canyons: the largest curvature is {value:.3g} in units of their "
-            f"spread, a width of {value**-0.5:.2g} of it. Add noise to the data, or a penalty"
+            f"spread, a width of {value**-0.5:.2g} of it. Add noise to the data, and learn the "
+            "law of both, or a penalty"
         )
-    has_negatives = any(v == v for v in history["gap"])
-    if len(known) > 1 and max(known[-2:]) < 1e-6 and not has_negatives:
+    again = any(v < 1e-6 for v in history["curvature"][:-1][-2:])
+    if value < 1e-6 and again and history["gap"][-1] != history["gap"][-1]:
         return (
             f"the curvature on the data vanishes: {value:.2g} in units of their spread, so that "
             "score matching learns nothing. Use smooth units (SiLU, not ReLU)"
@@ -174,19 +179,18 @@ def _curvature(history: History) -> str | None:
 def _fallen(history: History, name: str) -> tuple[int, float]:
     """Return since which look a likelihood has fallen, and by how much; 0.0 if it has not."""
     known = [(i, v) for i, v in enumerate(history[name]) if v == v]
-    if not known:
-        return 0, 0.0
     best, value = max(known, key=lambda pair: pair[1])
-    (_, first), (last, now) = known[0], known[-1]
-    drop, errors = value - now, history[f"{name}_error"]
-    noise = 3 * (errors[best] ** 2 + errors[last] ** 2) ** 0.5
-    return best, drop if drop > max(0.05, noise, 0.1 * (value - first)) else 0.0
+    drop, errors = value - history[name][-1], history[f"{name}_error"]
+    noise = 3 * (errors[best] ** 2 + errors[-1] ** 2) ** 0.5
+    return best, drop if drop > max(0.05, noise, 0.1 * (value - known[0][1])) else 0.0
 
 
 def _overfitting(history: History) -> str | None:
+    rows, held_out = history["likelihood"], history["held_out"]
+    if held_out[-1] != held_out[-1]:
+        return ""
     best, drop = _fallen(history, "held_out")
-    now = [v for v in history["likelihood"] if v == v][-1:]
-    if drop and now[0] > history["likelihood"][best] - 0.5 * drop:
+    if drop and rows[-1] > rows[best] - 0.5 * drop:
         return (
             f"overfitting: the held-out log-likelihood is {drop:.3g} nats below its best, at step "
             f"{history['step'][best]:.0f}, and that of the training rows is not. Stop there, or "
@@ -196,8 +200,10 @@ def _overfitting(history: History) -> str | None:
 
 
 def _falling(history: History) -> str | None:
+    if history["likelihood"][-1] != history["likelihood"][-1]:
+        return ""
     for name, rows in (("held_out", "held-out rows"), ("likelihood", "training rows")):
-        best, drop = _fallen(history, name)
+        best, drop = _fallen(history, name) if history[name][-1] == history[name][-1] else (0, 0)
         if drop:
             return (
                 f"the log-likelihood of the {rows} is {drop:.3g} nats below its best, at step "

@@ -8,22 +8,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from pyro_ebm._binding import evaluating
 from pyro_ebm._chart import COLUMNS, draw, table
-from pyro_ebm._measure import Numbers, Seen, curvature, energies, movement, moves, places, spread
+from pyro_ebm._measure import (
+    Data,
+    Numbers,
+    Seen,
+    curvature,
+    energies,
+    movement,
+    moves,
+    places,
+    to_host,
+)
 from pyro_ebm._signs import find
-from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
+from pyro_ebm.distribution import Flat, GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy, describe
 from pyro_ebm.kernels.base import check_count
 from pyro_ebm.partition import log_partition as estimate
 
 __all__ = ["Monitor", "TrainingError", "TrainingWarning"]
 
-NUM_POINTS = 128  # data and chains that a look takes
-NUM_CURVED = 16  # data whose curvature is measured
-PACE = 5  # curvature at every fifth look
-QUIET = 5  # looks without a sign after which it is new when it comes again
+NUM_POINTS = 64  # data and chains that a look takes
+NUM_CURVED = 8  # data whose curvature is measured
+PACE = 2  # curvature at every other look
+QUIET = 3  # looks from a sign to one that is new
 
 MUST_BE_FINITE = ("loss", "energy_data", "energy_negatives", "gradient")
 
@@ -45,7 +56,7 @@ class Monitor:
 
     Call :meth:`update` once a step, after ``backward`` and before the optimiser's step. It draws
     none of your random numbers and changes nothing, so that training is the same to the bit
-    without it. At the first step and at every ``every``-th after it looks at 128 data
+    without it. At the first step and at every ``every``-th after it looks at 64 data
     and chains; in between it takes no time and, on a GPU, waits for nothing. The kinds:
 
     * ``"not finite"``: stops with a :class:`TrainingError` that names rows, or skips;
@@ -63,7 +74,7 @@ class Monitor:
       batch does not, or does; by more than three errors, .05 nats and a tenth of what was gained.
 
     Each is warned of once, as a :class:`TrainingWarning`, and again where it has been away for
-    five looks; all are in ``warnings``. Symptoms of a cause that is found are left out.
+    two looks; all are in ``warnings``. Symptoms of a cause that is found are left out.
 
     Args:
         energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``; or a
@@ -96,7 +107,7 @@ class Monitor:
         >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
         >>> monitor, x = ebm.Monitor(energy, base), torch.randn(64, 2)
         >>> optimizer = torch.optim.Adam(energy.parameters(), 1e-3)
-        >>> for _ in range(20):
+        >>> for _ in range(50):
         ...     negatives = torch.randn(64, 2)
         ...     loss = ebm.losses.contrastive_divergence(energy, x, negatives)
         ...     optimizer.zero_grad()
@@ -104,7 +115,7 @@ class Monitor:
         ...     if monitor.update(x, negatives, loss=loss):
         ...         optimizer.step()
         >>> monitor.history["step"], monitor.warnings
-        ([1.0, 10.0, 20.0], [])
+        ([1.0, 25.0, 50.0], [])
     """
 
     def __init__(
@@ -114,7 +125,7 @@ class Monitor:
         *,
         held_out: Tensor | None = None,
         log_partition: Any = None,
-        every: int = 10,
+        every: int = 25,
         slow: int = 50,
         on_nan: str = "raise",
     ) -> None:
@@ -133,7 +144,7 @@ class Monitor:
         self.energy, self.base, self.beta = energy, base, beta
         self.held_out, self.log_partition = held_out, log_partition
         self.every, self.slow, self.on_nan = every, slow, on_nan
-        self._measure = None if base is None else unvalidated(base)
+        self._measure = None if base is None or isinstance(base, Flat) else unvalidated(base)
         self._walls = _walls(base)
         self._parameters = dict(energy.named_parameters() if isinstance(energy, nn.Module) else ())
         self.step, self.skipped = 0, 0
@@ -175,26 +186,27 @@ class Monitor:
             TrainingError: If something is not finite, unless ``on_nan="skip"``.
         """
         self.step += 1
-        if not self._sound(loss):
-            self._unsound(x, negatives, loss)
-            return False
-        self._losses = self._losses + (loss.detach() if isinstance(loss, Tensor) else loss or 0.0)
-        seen = Seen.of(x, negatives, info, state)
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            value = value.item()
+        if not self._sound(value):
+            return self._unsound(x, negatives, loss)
+        self._losses = self._losses + (0.0 if value is None else value)
         due = self.step % self.every == 0 or self.step == 1
-        if due and not self._look(seen, loss is not None):
-            self._unsound(x, negatives, loss)
-            return False
-        if (self.step + 1) % self.every == 0 and seen.chains is not None:
-            self._before = seen.chains[:NUM_POINTS].clone()
+        if not due and (self.step + 1) % self.every:
+            return True
+        seen = Seen.of(x, negatives, info, state).some(NUM_POINTS)
+        if due and not self._look(seen, value is not None):
+            return self._unsound(x, negatives, loss)
+        self._before = None if seen.chains is None else seen.chains.clone()
         return True
 
-    def _sound(self, loss: Tensor | float | None) -> bool:
+    def _sound(self, value: Tensor | float | None) -> bool:
         """Whether the loss is finite, and the gradients where one may go on without the step."""
         if self.on_nan == "skip":
-            return _finite(loss) and all(_finite(g) for g in self._gradients())
-        if isinstance(loss, Tensor) and loss.device.type != "cpu":
-            return True  # seen at the next look, in the sum
-        return _finite(loss)
+            return _finite(value) and all(_finite(g) for g in self._gradients())
+        # That of another device is seen in the sum, at the next look.
+        return isinstance(value, Tensor) or _finite(value)
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -206,7 +218,7 @@ class Monitor:
             steps = self.step - (self.history["step"] or [0.0])[-1]
             numbers["loss"] = torch.as_tensor(self._losses / steps)
         self._losses = 0.0
-        known = _to_host(numbers)
+        known = to_host(numbers)
         if not all(math.isfinite(known.get(name, 0.0)) for name in MUST_BE_FINITE):
             return False
         if self.log_partition is not None and self.step // self.slow != self._slow_look:
@@ -220,46 +232,48 @@ class Monitor:
 
     @torch.no_grad()
     def _numbers(self, seen: Seen) -> Numbers:
-        """Measure some of the points, of the chains and of their moves."""
-        x = tuple(part[:NUM_POINTS] for part in seen.x)
+        """Measure the points, the chains and their moves."""
+        x, negatives, now, info = seen
         if self._is_discrete is None:
             self._is_discrete = not x[0].is_floating_point() or bool((x[0] == x[0].round()).all())
-        found: Numbers = {}
+        data = Data.of(x[0])
+        found = data.numbers()
         with evaluating(self.energy):
-            plain, whole = self._energies(*x)
-            other = None
-            if seen.negatives is not None:
-                negatives = tuple(part[:NUM_POINTS] for part in seen.negatives)
-                more, other = self._energies(*negatives)
-                plain = torch.cat([plain, more])
-                found |= places(x[0], negatives[0], None if self._is_discrete else self._walls)
-            found |= energies(whole, other, plain)
+            found |= energies(*self._energies(x, negatives), len(x[0]))
             if not self._is_discrete and len(self.history["step"]) % PACE == 0:
-                found |= self._curvature(x)
-        now = None if seen.chains is None else seen.chains[:NUM_POINTS]
+                scale = (found["variance"] / data.rows.shape[1]).sqrt()
+                found |= self._curvature(x, scale)
+        if negatives is not None:
+            found |= places(data, negatives[0], None if self._is_discrete else self._walls)
         if now is not None and self._before is not None and now.shape == self._before.shape:
-            found |= movement(x[0], self._before, now)
-        if seen.info is not None:
-            found |= moves(seen.info)
+            found |= movement(data, self._before, now)
+        if info is not None:
+            found |= moves(info)
         if gradients := self._gradients():
-            found["gradient"] = torch.stack([g.norm() for g in gradients]).norm()
+            found["gradient"] = vector_norm(torch.stack([vector_norm(g) for g in gradients]))
         return found
 
-    def _energies(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return beta times the energies, and that less the log-density of the base."""
-        plain = self.beta * self.energy(*parts)
+    def _energies(
+        self, x: tuple[Tensor, ...], negatives: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return beta E - log b of data and then of negatives, and beta E alone."""
+        parts = x
+        if negatives is not None:
+            parts = tuple(torch.cat(pair) for pair in zip(x, negatives, strict=True))
+        plain = self.energy(*parts)
+        plain = plain if self.beta == 1.0 else self.beta * plain
         whole = plain if self._measure is None else plain - self._measure.log_prob(parts[0])
-        return plain.flatten(), whole.flatten()
+        return whole, plain
 
-    def _curvature(self, x: tuple[Tensor, ...]) -> Numbers:
+    def _curvature(self, x: tuple[Tensor, ...], scale: Tensor) -> Numbers:
         """Measure the curvature of the energy at a few of the data."""
         few = tuple(part[:NUM_CURVED] for part in x)
         if self._probe is None or self._probe.shape != few[0].shape:
             generator = torch.Generator().manual_seed(0)  # the user's numbers stay the same
             signs = torch.randint(2, few[0].shape, generator=generator)
             self._probe = (2 * signs - 1).to(few[0])
-        potential = lambda first: self._energies(first, *few[1:])[1]
-        return curvature(potential, few[0], spread(x[0]), self._probe)
+        potential = lambda first: self._energies((first, *few[1:]))[0]
+        return curvature(potential, few[0], scale, self._probe)
 
     def _likelihoods(self, x: tuple[Tensor, ...]) -> dict[str, float]:
         """Estimate log Z, and the log-likelihoods of the batch and of held-out rows."""
@@ -286,11 +300,13 @@ class Monitor:
         return found
 
     def _warn(self, found: dict[str, str]) -> None:
-        """Warn of what is new."""
+        """Warn of what is new; what cannot be judged at this look, "", stays as it was."""
         look = len(self.history["step"])
         for kind, text in found.items():
-            last, self._seen[kind] = self._seen.get(kind, -QUIET), look
-            if look - last >= QUIET:
+            age = look - self._seen.get(kind, -QUIET)
+            if text or age == 1:
+                self._seen[kind] = look
+            if text and age >= QUIET:
                 self._say(kind, text)
 
     def _say(self, kind: str, text: str) -> None:
@@ -298,7 +314,7 @@ class Monitor:
         self.warnings.append(warning)
         warnings.warn(warning, stacklevel=5)
 
-    def _unsound(self, x: Any, negatives: Any, loss: Any) -> None:
+    def _unsound(self, x: Any, negatives: Any, loss: Any) -> bool:
         """Name what is not finite, and stop or count."""
         seen, what = Seen.of(x, negatives, None, None), []
         if not _finite(loss):
@@ -319,6 +335,7 @@ class Monitor:
         self.skipped += 1
         if self.skipped == 1:
             self._say("not finite", f"{text}. The step is left out, as are all such; see skipped")
+        return False
 
     @torch.no_grad()
     def _bad_rows(self, name: str, parts: tuple[Tensor, ...]) -> list[str]:
@@ -328,7 +345,8 @@ class Monitor:
         bad = ~parts[0].reshape(len(parts[0]), -1).isfinite().all(1)
         if bad.any():
             return [f"{name} is not finite in {_rows(bad)}"]
-        bad = ~self._energies(*parts)[1].isfinite()
+        with evaluating(self.energy):
+            bad = ~self._energies(parts)[0].isfinite()
         return [f"the energies of {name} are not finite in {_rows(bad)}"] if bad.any() else []
 
     def __str__(self) -> str:
@@ -357,13 +375,6 @@ def _finite(value: Tensor | float | None) -> bool:
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     return value is None or math.isfinite(value)
-
-
-def _to_host(numbers: Numbers) -> dict[str, float]:
-    """Fetch numbers, with one wait for their device."""
-    dtype = next(iter(numbers.values())).dtype
-    values = torch.stack([v.detach().to(dtype) for v in numbers.values()]).tolist()
-    return dict(zip(numbers, values, strict=True))
 
 
 def _walls(base: Any) -> tuple[Any, Any]:

@@ -4,15 +4,18 @@ import copy
 import math
 import warnings
 
+import pyro
 import pytest
 import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_ebm as ebm
 from pyro_ebm import kernels, losses
-from pyro_ebm.partition import Annealed, Exact, Quadrature
+from pyro_ebm.partition import Annealed, Contrastive, Exact, Quadrature
 from tests.common import EXACT, NUMERIC, gaussian
-from tests.training_runs import FAILING, SOUND, Quadratic, adam, langevin, normal, ring
+from tests.training_runs import FAILING, SOUND, Quadratic, adam, langevin, normal, ring, stripes
 
 RUNS = {f"{name}, seed {seed}": (make, seed) for name, make in SOUND.items() for seed in range(4)}
 WITHIN = 50  # steps from the onset of a failure to its name
@@ -161,9 +164,9 @@ def test_training_is_the_same_to_the_bit_without_it():
     with_it, monitor = train(True)
     without, _ = train(False)
     assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
-    assert monitor.history["step"] == [1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    assert monitor.history["step"] == [1.0, 25.0, 50.0]
     known = [math.isfinite(v) for v in monitor.history["held_out"]]
-    assert known == [True, False, False, False, False, True, False]
+    assert known == [True, False, True]
 
 
 def test_it_leaves_modes_and_points_alone():
@@ -185,19 +188,18 @@ def test_between_looks_it_evaluates_nothing():
         return gaussian(x)
 
     monitor = ebm.Monitor(energy)
-    for _ in range(9):
+    for _ in range(24):
         step(monitor, loss=torch.tensor(1.0))
-    after = len(calls)
-    assert after == 3, "at the first step: data, negatives and the curvature of some data"
+    assert calls == [128, 8], "at the first step: of data and negatives, and curvature of data"
     step(monitor, loss=torch.tensor(1.0))
-    assert len(calls) == after + 2
+    assert calls == [128, 8, 128]
 
 
 # What a look measures, against closed forms ----------------------------------------------------
 
 
 def test_energies_and_their_gap():
-    x, negatives = torch.randn(100, 3), 2.0 * torch.randn(70, 3)
+    x, negatives = torch.randn(60, 3), 2.0 * torch.randn(50, 3)
     base = normal(3, 3.0)
     monitor = ebm.Monitor(ebm.GibbsBoltzmann(gaussian, base, beta=0.5))
     monitor.update(x, negatives, loss=2.5)
@@ -231,10 +233,10 @@ def test_curvature_of_a_gaussian(of_a_base):
     expected = scale * total.sum()
     torch.testing.assert_close(torch.tensor(monitor.history["trace"][0]), expected, **EXACT)
     (largest,) = monitor.history["curvature"]
-    # Three steps of the power method, from a vector of equal parts.
-    power = (total**6).sum().sqrt() / (total**4).sum().sqrt()
+    # Two steps of the power method, from a vector of equal parts.
+    power = (total**4).sum().sqrt() / (total**2).sum().sqrt()
     torch.testing.assert_close(torch.tensor(largest), scale * power, **EXACT)
-    force = scale.sqrt() * (total * x[:16]).norm(dim=1).mean()
+    force = scale.sqrt() * (total * x[:8]).norm(dim=1).mean()
     torch.testing.assert_close(torch.tensor(monitor.history["force"][0]), force, **EXACT)
 
 
@@ -255,9 +257,9 @@ def test_movement_follows_the_state_where_negatives_are_some_of_the_chains():
     for _ in range(3):
         old, (chains, moved) = chains, sampler.step(chains, 20)
         monitor.update(torch.randn(64, 2), moved, state=chains)
-    stayed = (old.position[:128] == chains.position[:128]).all(1)
+    stayed = (old.position[:64] == chains.position[:64]).all(1)
     assert monitor.history["still"][-1] == stayed.to(old.position.dtype).mean()
-    assert stayed.sum() > 100, "20 of 500 chains move at a time"
+    assert stayed.sum() > 50, "20 of 500 chains move at a time"
 
 
 def test_acceptance_and_temperature_are_those_of_the_moves():
@@ -299,7 +301,7 @@ def test_the_temperature_of_the_tutorials_is_reported():
 
 def test_a_likelihood_is_that_of_the_distribution():
     d = ebm.GibbsBoltzmann(gaussian, normal(), log_partition=Quadrature(-12.0, 12.0, 120))
-    x, held_out = torch.randn(100, 2), torch.randn(30, 2)
+    x, held_out = torch.randn(60, 2), torch.randn(30, 2)
     monitor = ebm.Monitor(d, held_out=held_out, log_partition=d.log_partition)
     monitor.update(x)
     for name, points in (("likelihood", x), ("held_out", held_out)):
@@ -326,8 +328,8 @@ def test_a_sound_likelihood_that_wavers_is_no_fall():
         rows = {"step": [1.0, 10.0, 20.0], "likelihood": [-4.0, -3.0, -3.3]}
         return looks | rows | {"likelihood_error": [error] * 3}
 
-    assert set(find(history(0.0))) == {"falling"}
-    assert not find(history(0.1))
+    assert find(history(0.0))["falling"]
+    assert "falling" not in find(history(0.1))
 
 
 # Pyro's SVI, discrete points, what is refused ---------------------------------------------------
@@ -400,4 +402,54 @@ def test_it_runs_where_the_points_are(device):
         loss.backward()
         assert monitor.update(x, torch.randn_like(x), loss=loss)
     with pytest.raises(ebm.TrainingError, match="step"):
-        all(monitor.update(x, x, loss=loss * math.nan) for _ in range(10))
+        all(monitor.update(x, x, loss=loss * math.nan) for _ in range(25))
+
+
+CONTRASTIVE = {
+    "weighted": {},
+    "from data": {"start": "data", "persistent": False},
+    "unweighted": {"weighted": False},
+}
+
+
+@pytest.mark.parametrize("options", CONTRASTIVE.values(), ids=CONTRASTIVE)
+def test_it_watches_contrastive_under_svi(options):
+    energy, base = ebm.zoo.MLPEnergy(2, (16,)), normal()
+    negatives = Contrastive(num_chains=128, num_steps=3, **options)
+    monitor = ebm.Monitor(energy, base, every=3)
+
+    def model(x):
+        pyro.module("energy", energy)
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", ebm.GibbsBoltzmann(energy, base, log_partition=negatives), obs=x)
+
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    for _ in range(6):
+        x = ring(64)
+        loss = svi.step(x)
+        assert monitor.update(x, negatives, loss=loss)
+    moved = negatives.moved.x[:64].reshape(64, -1, 2)[:, 0]
+    with torch.no_grad():
+        expected = (energy(moved) - base.log_prob(moved)).mean()
+    seen = {name: torch.tensor(values[-1]) for name, values in monitor.history.items()}
+    torch.testing.assert_close(seen["energy_negatives"], expected, **EXACT)
+    torch.testing.assert_close(seen["acceptance"], negatives.moved.accept_prob.mean(), **EXACT)
+    assert seen["movement"] > 0.01
+
+
+def test_it_watches_an_rbm_under_svi():
+    rbm, base = ebm.zoo.RBM(9, 4), ebm.Flat((9,), constraints.boolean)
+    negatives = Contrastive(num_chains=64, num_steps=1)
+    monitor = ebm.Monitor(rbm, base, every=2, log_partition=Exact())
+    x = stripes()
+
+    def model():
+        pyro.module("rbm", rbm)
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", ebm.GibbsBoltzmann(rbm, base, log_partition=negatives), obs=x)
+
+    svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(4):
+        assert monitor.update(x, negatives, loss=svi.step())
+    assert not monitor.warnings
+    assert math.isfinite(monitor.history["likelihood"][0])
