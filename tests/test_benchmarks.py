@@ -49,3 +49,24 @@ def test_the_table_of_log_z_names_peers_that_are_missing(tmp_path):
     assert ours["rmse"] < 1.0
     assert ours["gradients"] > ours["energies"] > 0
     assert all("not installed" in row["missing"] for row in peer) or "rmse" in peer[0]
+
+
+@pytest.mark.slow
+def test_rbms_are_measured_with_peers_or_without(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.learning", "rbm", "--quick", "--output", "rows.json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]["rbm"]
+    reached = {row["digits, test"]: row for row in rows if "digits, test" in row}
+    assert reached["Chow-Liu tree"]["mean"] == pytest.approx(-21.25, abs=0.01)
+    for who in ("exact gradient", "CD-1", "PCD-1"):
+        assert -28.0 < reached[who]["mean"] < 0.0  # -28 is about that of independent pixels
+    peer = reached["rbms PCD-1"]
+    assert "not installed" in str(peer["seeds"]) or peer["mean"] < 0.0
