@@ -31,10 +31,8 @@ COLUMNS = {
     "curvature": "largest, on data, in spreads^-2; canyon: above 1e4",
     "log_z": "log Z, or the middle of its bracket",
     "log_z_error": "its error, or half of its bracket",
-    "likelihood": "mean log-likelihood of the batch",
-    "likelihood_error": "its error, with that of log Z",
+    "likelihood": "mean log-likelihood of the first batch",
     "held_out": "mean log-likelihood of held-out rows",
-    "held_out_error": "its error, that of log Z",
 }
 PANELS = {
     "energies in nats": ("energy_data", "energy_negatives"),
@@ -85,7 +83,8 @@ def draw(history: History, marks: Mapping[int, str]) -> Any:
         axes.legend(frameon=False, fontsize="small")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes in grid[-2:]:
+    for axes in grid[max(len(panels) - 2, 0) : len(panels)]:
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
     said = ", ".join(f"{kind} at step {step}" for step, kind in marks.items())
     figure.suptitle(f"warnings (dashed): {said}" if marks else "no warnings")

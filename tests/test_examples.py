@@ -16,6 +16,7 @@ SMALL = {
     "kmeans.py": "--temperatures 4 --restarts 1 --plot kmeans.png",
     "ising_coupling.py": "--side 3 --draws 30 --warmup 30 --chains 4 --nodes 5 --plot j.png",
     "ring.py": "--chains 4 --draws 40 --warmup 40 --plot ring.png",
+    "training_monitor.py": "--steps 30 --batch 32 --chains 32 --moves 2 --hidden 8 --plot m.png",
     "density_2d.py": "--steps 20 --batch 16 --chains 32 --hidden 8 --plot density.png",
 }
 

@@ -326,7 +326,7 @@ def test_a_sound_likelihood_that_wavers_is_no_fall():
     def history(error):
         looks = {name: [math.nan] * 3 for name in ("dim", *ebm.Monitor(gaussian).history)}
         rows = {"step": [1.0, 10.0, 20.0], "likelihood": [-4.0, -3.0, -3.3]}
-        return looks | rows | {"likelihood_error": [error] * 3}
+        return looks | rows | {"log_z_error": [error] * 3}
 
     assert find(history(0.0))["falling"]
     assert "falling" not in find(history(0.1))
