@@ -774,6 +774,20 @@ def test_values_and_options_out_of_range_are_refused():
         colouring(torch.zeros(2, 3))
 
 
+def test_more_flips_than_components_and_masks_of_other_sizes_are_refused():
+    with pytest.raises(ValueError, match="num_flips must be a whole number from 1 to 12, got 13"):
+        metropolis_flips(glass, BITS, num_flips=13).init(torch.zeros(2, 12))
+    with pytest.raises(ValueError, match=r"over the 12 components of a point, .* shape \(6,\)"):
+        gibbs(glass, BITS, blocks=[SIX]).init(torch.zeros(2, 12))
+
+
+def test_components_in_no_block_stay():
+    x = spins(glass).sample(50)
+    moved = run(gibbs(glass, BITS, blocks=[EVEN]), x, 3).position
+    assert torch.equal(moved[:, ~EVEN], x[:, ~EVEN])
+    assert not torch.equal(moved, x)
+
+
 @pytest.mark.parametrize("make", [metropolis_flips, *INFORMED.values()])
 def test_a_position_off_the_values_is_refused(make):
     x = torch.zeros(2, 12)

@@ -75,7 +75,7 @@ def gibbs(
         num_chain_dims: The number of leading dimensions that are chains; by default those of the
             energies.
         blocks: Boolean masks over the components, or their numbers in the flattened event; by
-            default one component at a time.
+            default one component at a time. Components in no block stay as they are.
         conditionals: Where the conditional laws come from, see above.
         random_scan: Whether a step draws as many blocks as there are at random, with
             replacement, instead of each once.
@@ -88,7 +88,7 @@ def gibbs(
     Raises:
         TypeError: If ``values`` is not a tensor.
         ValueError: If ``values`` are less than two, ``conditionals`` is unknown or has not one
-            function per block; from ``init``, if the check fails.
+            function per block; from ``init``, if a mask does not fit or the check fails.
 
     References:
         | Stochastic Relaxation, Gibbs Distributions, and the Bayesian Restoration of Images
@@ -119,6 +119,8 @@ def gibbs(
     @torch.no_grad()
     def init(position: Tensor) -> PointState:
         state = PointState(position, energy(position))
+        dim = layout(state)[0]
+        _check_masks(blocks or (), flat_sites(position, values, dim).shape[dim])
         if check and (wide or conditionals != "energies"):
             _check(energy, values, rule, state, layout(state))
         return state
@@ -207,6 +209,15 @@ def _drawn(logits: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     logits = torch.where(bad, -torch.inf, logits)
     weight = torch.softmax(logits, -1).nan_to_num(1.0)  # nowhere finite: any value
     return values[draw(weight)], (bad | (logits == torch.inf)).flatten(dim).any(-1)
+
+
+def _check_masks(blocks: Sequence[Tensor], num: int) -> None:
+    for block in blocks:
+        if block.dtype == torch.bool and block.numel() != num:
+            raise ValueError(
+                f"blocks must be masks over the {num} components of a point, got one of shape "
+                f"{tuple(block.shape)}"
+            )
 
 
 def _check(
@@ -333,7 +344,7 @@ def metropolis_flips(energy: Energy, values: Tensor, *, num_flips: int = 1) -> K
     Raises:
         TypeError: If ``values`` is not a tensor.
         ValueError: If there are less than two values or flips are no whole number from 1 on;
-            from ``init``, if a component has none of the values.
+            from ``init``, if there are less components, or one has none of the values.
 
     References:
         | Equation of State Calculations by Fast Computing Machines (Metropolis et al., 1953)
@@ -351,7 +362,9 @@ def metropolis_flips(energy: Energy, values: Tensor, *, num_flips: int = 1) -> K
     @torch.no_grad()
     def init(position: Tensor) -> PointState:
         state = PointState(position, energy(position))
-        check_sites(flat_sites(position, values, state.energy.dim()), values)
+        flat = flat_sites(position, values, state.energy.dim())
+        check_count("num_flips", num_flips, 1, flat.shape[state.energy.dim()])
+        check_sites(flat, values)
         return state
 
     @torch.no_grad()
