@@ -70,7 +70,7 @@ def start(energy: Energy, position: Tensor) -> State:
 def placed(position: Tensor, value: Tensor, grad: Tensor) -> State:
     """Make the state that :func:`start` describes of energies and gradients."""
     wall = expand_like(value * 0.0, grad)  # NaN where the energy is not finite
-    return State(position, value, (grad + wall).nan_to_num(0.0, 0.0, 0.0))
+    return State(position, value, (grad + wall).nan_to_num_(0.0, 0.0, 0.0))
 
 
 def check_positive(name: str, value: float | Tensor) -> None:

@@ -61,7 +61,7 @@ def _per_chain(value: float | Tensor, energy: Tensor) -> Tensor:
 def _propose(energy: Energy, state: State, wide: Tensor, sigma: Tensor, noise: Tensor) -> State:
     """Return the Euler step of the Langevin equation; ``wide`` are steps per component."""
     drifted = torch.addcmul(state.position, wide, state.grad, value=-1.0)
-    return start(energy, torch.addcmul(drifted, sigma, noise))
+    return start(energy, drifted.addcmul_(sigma, noise))
 
 
 def _clipped(state: State, size: Tensor, max_drift: float) -> State:
@@ -226,8 +226,9 @@ def mala(energy: Energy, step_size: float | Tensor) -> Kernel:
         sigma, noise = (2 * wide).sqrt(), torch.randn_like(state.position)
         new = _propose(energy, state, wide, sigma, noise)
         # It is a leapfrog step of length sigma: the noise is the momentum, this its change.
-        kick = 0.5 * sigma * (state.grad + new.grad)
-        return metropolis(state, new, sum_event(kick * (noise - 0.5 * kick), state.energy))
+        kick = (state.grad + new.grad).mul_(0.5 * sigma)
+        lost = torch.add(noise, kick, alpha=-0.5).mul_(kick)
+        return metropolis(state, new, sum_event(lost, state.energy))
 
     return Kernel(functools.partial(start, energy), step)
 
