@@ -218,7 +218,8 @@ class Contrastive:
         if not self.persistent or old is None or old.age.shape[1:] != negatives.d.batch_shape:
             return self._fresh(negatives, data)
         if self._same_points(negatives.d, x):
-            return old
+            unseen = old.age < 0  # rows that no plate has drawn yet
+            return negatives.restart(old, unseen, data) if unseen.any() else old
         warnings.warn(
             "Contrastive cannot tell to which rows of the data its chains belong, and starts them "
             "anew: take mini-batches for a conditional energy by one pyro.plate(..., "
