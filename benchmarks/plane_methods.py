@@ -84,7 +84,7 @@ def quadrature(model):
     return lambda x: losses.maximum_likelihood(model, x, rule.log_z(d)), []
 
 
-def contrastive(model, num_steps=10, step_size=0.02):
+def contrastive(model, num_steps=5, step_size=0.02):
     kernel = mala(model, step_size)
 
     def loss(x):
@@ -158,10 +158,10 @@ def discrepancy(model, num=4, sd=0.3):
 METHODS = {
     "maximum likelihood, importance": Method(importance),
     "maximum likelihood, quadrature": Method(quadrature),
-    "CD-10, MALA": Method(contrastive),
-    "PCD-5, MALA": Method(persistent),
-    "PCD, HMC of 5 leapfrogs": Method(hamiltonian),
-    "PCD-5, Jarzynski weights": Method(jarzynski),
+    "CD-5, MALA": Method(contrastive),
+    "PCD-5, MALA": Method(persistent, lr=5e-3),
+    "PCD, HMC of 5 leapfrogs": Method(hamiltonian, lr=5e-3),
+    "PCD-5, Jarzynski weights": Method(jarzynski, lr=5e-3),
     "score matching": Method(score),
     "sliced score matching": Method(sliced),
     "denoising score matching": Method(denoising),

@@ -1,12 +1,16 @@
 """The benchmarks run with our contenders, which need no other library."""
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.densities import DENSITIES, table
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "samplers.py"
 
@@ -70,3 +74,27 @@ def test_rbms_are_measured_with_peers_or_without(tmp_path):
         assert -28.0 < reached[who]["mean"] < 0.0  # -28 is about that of independent pixels
     peer = reached["rbms PCD-1"]
     assert "not installed" in str(peer["seeds"]) or peer["mean"] < 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENSITIES)
+def test_a_density_of_the_benchmark_is_that_of_its_draws(name):
+    x = DENSITIES[name]().sample(5_000)
+    _, mass, entropy = table(name)
+    surprise = -DENSITIES[name]().log_prob(x)
+    assert abs(mass.sum() - 1) < 1e-6  # of the pinwheel, 5 sd reach beyond the grid
+    error = surprise.std() / len(x) ** 0.5
+    assert abs(surprise.mean() - entropy) <= 5 * error + 1e-6
+    # A planted fault: draws that are a tenth too wide are seen.
+    wide = -DENSITIES[name]().log_prob(1.1 * x)
+    assert wide.mean() - entropy > 5 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["learning_plane", "learning_cost"])
+def test_a_part_of_the_learning_benchmarks_runs(part):
+    rows = importlib.import_module(f"benchmarks.{part}").run(True)
+    assert rows
+    for row in rows:
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert row.get("missing") or all(map(math.isfinite, numbers)), row
