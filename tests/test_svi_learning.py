@@ -102,7 +102,16 @@ def estimates_of(make, options, num=16):
     return found, truth
 
 
-@pytest.mark.parametrize(("make", "options"), NEGATIVES.values(), ids=NEGATIVES)
+LONG = ("ula", "nuts", "hmc", "weighted nuts")
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, case in NEGATIVES.items()
+    ],
+)
 def test_the_gradient_of_negatives_is_that_of_the_exact_log_z(make, options):
     assert p_value(*estimates_of(make, options)) > FALSE_ALARM
 
