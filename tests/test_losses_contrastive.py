@@ -95,6 +95,11 @@ def test_a_log_partition_of_another_shape_is_refused():
         maximum_likelihood(ising(), states(), torch.zeros(3))
 
 
+def test_a_log_partition_may_be_a_number():
+    got = maximum_likelihood(ising(), states(), 1.5)
+    torch.testing.assert_close(got, ising()(states()).mean() + 1.5, **EXACT)
+
+
 # Contrastive divergence --------------------------------------------------------------------------
 
 
@@ -274,6 +279,12 @@ def test_negatives_without_a_graph_are_refused():
         improved_contrastive_divergence(ising(), states(), states(), torch.zeros(()))
 
 
+def test_an_entropy_per_draw_is_refused():
+    negatives = states().requires_grad_()
+    with pytest.raises(ValueError, match=r"entropy must be a scalar, got the shape \(16,\)"):
+        improved_contrastive_divergence(ising(), states(), negatives, torch.zeros(16))
+
+
 # The entropy of draws ----------------------------------------------------------------------------
 
 
@@ -315,6 +326,10 @@ def test_the_entropy_of_equal_draws_is_minus_infinity_and_of_nan_is_nan():
 def test_there_must_be_that_many_neighbours(num_neighbors):
     with pytest.raises(ValueError, match=f"from 1 to the other 3 draws, got {num_neighbors}"):
         nearest_neighbor_entropy(torch.randn(4, 2), num_neighbors)
+    with pytest.raises(ValueError, match=r"points must not be empty, got the shape \(4, 0\)"):
+        nearest_neighbor_entropy(torch.randn(4, 0))
+    with pytest.raises(ValueError, match="from 1 to the other 0 draws, got 1"):
+        nearest_neighbor_entropy(torch.tensor(1.0))
 
 
 def test_the_entropy_of_draws_serves_the_gradient_through_the_sampler():

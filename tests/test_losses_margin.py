@@ -123,9 +123,8 @@ def test_energies_that_are_of_other_answers_are_seen(loss, options, truth, monke
     """The planted fault of the test above."""
     right = margin.energies_of_answers
 
-    def confused(*parts):
-        energies, value, answers = right(*parts)
-        return energies, value.roll(1, 0), answers
+    def confused(energy, x, y, *rest):
+        return right(energy, x, (y + 1) % K, *rest)
 
     monkeypatch.setattr(margin, "energies_of_answers", confused)
     energies = torch.randn(N, K)
@@ -290,6 +289,22 @@ def test_without_an_incorrect_answer_there_is_nothing_to_push(loss, options, tru
     torch.testing.assert_close(slopes, factor * energies, **EXACT)
 
 
+@pytest.mark.parametrize("loss", [negative_log_likelihood, minimum_empirical_error])
+def test_the_right_answer_is_one_of_all_also_where_it_is_not_listed(loss):
+    f, x, y, answers = table_of(torch.randn(N, K))
+    others = torch.stack([answers[answers != right] for right in y], 1)
+    torch.testing.assert_close(loss(f, x, y, others), loss(f, x, y, answers), **EXACT)
+    assert loss(f, x, y, answers[:1]) >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_answers_without_a_sign_are_apart_on_both_sides(dtype):
+    f = lambda x, a: x * a.to(x).sum(-1)
+    x, y = torch.randn(2), torch.tensor([[0], [1]], dtype=dtype)
+    assert hinge(f, x, y, y, radius=2.0) == 0  # none is incorrect
+    torch.testing.assert_close(hinge(f, x, y, y, radius=0.5), hinge(f, x, y, y), **EXACT)
+
+
 def test_the_perceptron_is_not_negative_where_the_right_answer_is_not_among_the_others():
     f, x, y, _ = table_of(torch.randn(N, K).abs())
     assert perceptron(f, x, y, torch.tensor([1, 2])) >= 0
@@ -310,6 +325,26 @@ WRONG = {
     "a negative radius": (
         lambda f, x, y, a: hinge(f, x, y, a, radius=-1.0),
         "radius must not be negative, got -1.0",
+    ),
+    "a radius that is no number": (
+        lambda f, x, y, a: hinge(f, x, y, a, radius=math.nan),
+        "radius must not be negative, got nan",
+    ),
+    "no margin": (
+        lambda f, x, y, a: hinge(f, x, y, a, margin=0.0),
+        "margin must be positive, got 0.0",
+    ),
+    "a margin that is no number": (
+        lambda f, x, y, a: square_square(f, x, y, a, margin=math.nan),
+        "margin must be positive, got nan",
+    ),
+    "a ceiling below zero": (
+        lambda f, x, y, a: lvq2(f, x, y, a, ceiling=-1.0),
+        "ceiling must be positive, got -1.0",
+    ),
+    "a pull instead of a push": (
+        lambda f, x, y, a: square_exponential(f, x, y, a, weight=-1.0),
+        "weight must be positive, got -1.0",
     ),
     "beta zero": (
         lambda f, x, y, a: negative_log_likelihood(f, x, y, a, beta=0.0),

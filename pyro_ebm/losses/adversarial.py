@@ -34,7 +34,7 @@ def adversarial_generator(energy: Energy, negatives: Tensor, entropy: Tensor) ->
         A scalar.
 
     Raises:
-        ValueError: If there are no draws, or they carry no graph.
+        ValueError: If there are no draws, they carry no graph, or the entropy is not a scalar.
 
     References:
         | Deep Directed Generative Models with Energy-Based Probability Estimation (Kim and

@@ -75,8 +75,8 @@ def perceptron(energy: Energy, x: Tensor, y: Tensor, answers: Tensor) -> Tensor:
         >>> perceptron(energy, x, y, answers)
         tensor(0.5000)
     """
-    right, value, _ = energies_of_answers(energy, x, y, answers)
-    return (right - torch.minimum(right, value.amin(0))).mean()
+    right, wrong = energies_of_answers(energy, x, y, answers)
+    return (right - torch.minimum(right, wrong.amin(0))).mean()
 
 
 def negative_log_likelihood(
@@ -95,8 +95,8 @@ def negative_log_likelihood(
         energy: Maps points and answers, whose batches broadcast, to energies.
         x: Points, of shape ``(*n, *event)``.
         y: Their right answers, ``(*n, *event_y)``.
-        answers: All answers, each once, with the right ones: ``(K, *event_y)``, or for each
-            point its own, ``(K, *n, *event_y)``.
+        answers: All answers, each once, where the right ones may be left out: ``(K, *event_y)``,
+            or for each point its own, ``(K, *n, *event_y)``.
         beta: The inverse temperature :math:`\beta` over the answers, positive.
 
     Returns:
@@ -116,9 +116,8 @@ def negative_log_likelihood(
         >>> negative_log_likelihood(energy, x, y, answers)
         tensor(0.8133)
     """
-    check_positive_beta(beta)
-    right, value, _ = energies_of_answers(energy, x, y, answers)
-    return (right - soft_minimum(value, torch.zeros_like(value), beta)).mean()
+    right, free = _free_energies(energy, x, y, answers, beta)
+    return (right - free).mean()
 
 
 def minimum_empirical_error(
@@ -135,8 +134,8 @@ def minimum_empirical_error(
         energy: Maps points and answers, whose batches broadcast, to energies.
         x: Points, of shape ``(*n, *event)``.
         y: Their right answers, ``(*n, *event_y)``.
-        answers: All answers, each once, with the right ones: ``(K, *event_y)``, or for each
-            point its own, ``(K, *n, *event_y)``.
+        answers: All answers, each once, where the right ones may be left out: ``(K, *event_y)``,
+            or for each point its own, ``(K, *n, *event_y)``.
         beta: The inverse temperature :math:`\beta` over the answers, positive.
 
     Returns:
@@ -157,9 +156,17 @@ def minimum_empirical_error(
         >>> minimum_empirical_error(energy, x, y, answers)
         tensor(0.5000)
     """
-    check_positive_beta(beta)
     if beta == math.inf:
         raise ValueError("beta must be finite, got inf")
-    right, value, _ = energies_of_answers(energy, x, y, answers)
-    free = soft_minimum(value, torch.zeros_like(value), beta)
+    right, free = _free_energies(energy, x, y, answers, beta)
     return -torch.expm1(beta * (free - right)).mean()
+
+
+def _free_energies(
+    energy: Energy, x: Tensor, y: Tensor, answers: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Return the energies of the right answers, and those of these and all others together."""
+    check_positive_beta(beta)
+    right, wrong = energies_of_answers(energy, x, y, answers)
+    value = torch.cat([right.unsqueeze(0), wrong])
+    return right, soft_minimum(value, torch.zeros_like(value), beta)

@@ -17,6 +17,13 @@ def check_points(*parts: Tensor) -> None:
             raise ValueError(f"points must not be empty, got the shape {tuple(part.shape)}")
 
 
+def check_positive(**options: float) -> None:
+    """Refuse numbers that are not above zero, such as NaN."""
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
 def energies(energy: Energy, *parts: Tensor) -> Tensor:
     """Return the energies of points, of one or several parts.
 
@@ -58,12 +65,14 @@ def weighted_mean(value: Tensor, log_weight: Tensor) -> Tensor:
 
 
 def energies_of_answers(
-    energy: Energy, x: Tensor, y: Tensor, answers: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the energies of the right answers ``(*n,)`` and of all ``(K, *n)``, and the latter.
+    energy: Energy, x: Tensor, y: Tensor, answers: Tensor, radius: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the energies of the right answers ``(*n,)`` and of the incorrect ones ``(K, *n)``.
 
-    Answers for all points get dimensions of size one for these.
+    Of answers that are not farther than the radius from the right one it is infinite.
     """
+    if not radius >= 0:
+        raise ValueError(f"radius must not be negative, got {radius}")
     right = energies(energy, x, y)
     if y.shape[: right.dim()] != right.shape:
         raise ValueError(
@@ -77,7 +86,11 @@ def energies_of_answers(
             f"answers must have the shape (K, *event) or (K, *batch, *event) where y has "
             f"{tuple(y.shape)} with the event {tuple(event)}, got {tuple(answers.shape)}"
         )
-    return right, energies(energy, x, answers), answers
+    value = energies(energy, x, answers)
+    # First to floating point: integers without a sign wrap around, and booleans have no minus.
+    apart = answers.to(value) - y.to(value) if radius else (answers != y).to(value)
+    distance = apart.reshape(*apart.shape[: 1 + right.dim()], -1).norm(dim=-1)
+    return right, torch.where(distance > radius, value, torch.inf)
 
 
 def free_energy_of(energy: Energy, negatives: Tensor, entropy: Tensor) -> Tensor:
@@ -89,10 +102,13 @@ def free_energy_of(energy: Energy, negatives: Tensor, entropy: Tensor) -> Tensor
     parameters of the energy, whatever kind of callable it is.
 
     Raises:
-        ValueError: If there are no draws, or gradients are on and they carry no graph.
+        ValueError: If there are no draws, gradients are on and they carry no graph, or the
+            entropy is not a scalar.
     """
     if torch.is_grad_enabled() and not negatives.requires_grad:
         raise ValueError("negatives must carry the graph of how they were made, got none")
+    if isinstance(entropy, Tensor) and entropy.dim():
+        raise ValueError(f"entropy must be a scalar, got the shape {tuple(entropy.shape)}")
     check_points(negatives)
     value, grad = value_and_grad(energy, negatives)
     carried = (grad * (negatives - negatives.detach())).sum() / value.numel()  # zero
@@ -117,7 +133,7 @@ def nearest_neighbor_entropy(x: Tensor, num_neighbors: int = 1) -> Tensor:
         A scalar, in nats.
 
     Raises:
-        ValueError: If ``num_neighbors`` is not from 1 to n - 1.
+        ValueError: If there are no points, or ``num_neighbors`` is not from 1 to n - 1.
 
     References:
         | On the Kozachenko-Leonenko Entropy Estimator (Delattre and Fournier, 2016)
@@ -130,7 +146,8 @@ def nearest_neighbor_entropy(x: Tensor, num_neighbors: int = 1) -> Tensor:
         >>> abs(nearest_neighbor_entropy(x, 3) - dist.Normal(0.0, 1.0).entropy() * 2) < 0.2
         tensor(True)
     """
-    n, k = len(x), num_neighbors
+    check_points(x)
+    n, k = x.shape[:1].numel(), num_neighbors  # a point without a batch is one
     if not 1 <= k < n:
         raise ValueError(f"num_neighbors must be from 1 to the other {n - 1} draws, got {k}")
     flat = x.reshape(n, -1)

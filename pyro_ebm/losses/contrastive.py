@@ -14,7 +14,7 @@ from pyro_ebm.losses.base import (
 )
 
 
-def maximum_likelihood(energy: Energy, x: Tensor, log_partition: Tensor) -> Tensor:
+def maximum_likelihood(energy: Energy, x: Tensor, log_partition: float | Tensor) -> Tensor:
     r"""The negative log-likelihood, by a log Z that one can compute.
 
     .. math:: \mathcal{L} = \mathbb{E}_{x}[E(x) + \log Z]
@@ -46,7 +46,7 @@ def maximum_likelihood(energy: Energy, x: Tensor, log_partition: Tensor) -> Tens
         tensor(0.7936)
     """
     value = energies(energy, x)
-    if log_partition.shape not in ((), value.shape):
+    if isinstance(log_partition, Tensor) and log_partition.shape not in ((), value.shape):
         raise ValueError(
             f"log_partition must be a scalar or one number per energy of {describe(energy)}, "
             f"{tuple(value.shape)}, got {tuple(log_partition.shape)}"
@@ -123,7 +123,8 @@ def improved_contrastive_divergence(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, or the negatives carry no graph.
+        ValueError: If there are no points, the negatives carry no graph, or the entropy is not a
+            scalar.
 
     References:
         | Improved Contrastive Divergence Training of Energy Based Models (Du, Li, Tenenbaum and

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_ebm.energy import Energy, describe
+from pyro_ebm.losses.base import check_points, check_positive
 
 
 def info_nce(energy: Energy, x: Tensor, y: Tensor, *, symmetric: bool = False) -> Tensor:
@@ -44,7 +45,10 @@ def info_nce(energy: Energy, x: Tensor, y: Tensor, *, symmetric: bool = False) -
         >>> info_nce(energy, x, x)                         # log(1 + e^-1)
         tensor(0.3133)
     """
-    _check_rows("y", y, x, (len(x), *y.shape[1:]))
+    check_points(x)
+    if not x.dim():
+        raise ValueError("x must have the shape (n, *event), got ()")
+    _check_rows("y", y, (len(x), *y.shape[1:]))
     logits = -energy(x.unsqueeze(1), y.unsqueeze(0))
     if logits.shape != (len(x), len(x)):
         raise ValueError(
@@ -67,6 +71,7 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
 
     The z are the 2 n rows of ``a`` and ``b``, :math:`i'` is the other view of the same point. Half
     of the negatives are views of the same kind as the point itself, unlike in :func:`info_nce`.
+    An embedding of length zero has no direction and gives NaN. It takes :math:`4 n^2` products.
 
     Args:
         a: Embeddings of one view of each point, ``(n, D)``.
@@ -77,7 +82,8 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
         A scalar.
 
     Raises:
-        ValueError: If there are no points, the shapes differ, or the temperature is not positive.
+        ValueError: If there are no points, a shape is not ``(n, D)``, or the temperature is not
+            positive.
 
     References:
         | A Simple Framework for Contrastive Learning of Visual Representations (Chen, Kornblith,
@@ -89,10 +95,10 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
         >>> nt_xent(a, a)                                  # log(1 + 2 e^-2)
         tensor(0.2395)
     """
-    _check_rows("b", b, a, a.shape)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    z = functional.normalize(torch.cat([a, b]), dim=-1)
+    _check_embeddings(a, b=b)
+    check_positive(temperature=temperature)
+    z = torch.cat([a, b])
+    z = z / z.norm(dim=-1, keepdim=True)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(z), device=z.device).roll(len(a))
     return functional.cross_entropy(logits, partner)
@@ -109,13 +115,14 @@ def siamese(a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0) -> Tenso
     Args:
         a: Embeddings, of shape ``(n, D)``.
         b: Embeddings to pair them with, ``(n, D)``.
-        same: The :math:`t_i`, true or one where the pair is of one kind, ``(n,)``.
+        same: The :math:`t_i`, whether each pair is of one kind: booleans ``(n,)``.
         margin: The :math:`m`, positive.
 
     Returns:
         A scalar.
 
     Raises:
+        TypeError: If ``same`` is not of booleans.
         ValueError: If there are no pairs, the shapes do not fit, or the margin is not positive.
 
     References:
@@ -128,11 +135,13 @@ def siamese(a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0) -> Tenso
         >>> siamese(a, b, torch.tensor([True, False]))     # (0.5^2 + 0.75^2) / 4
         tensor(0.2031)
     """
-    _check_rows("b", b, a, a.shape)
-    _check_rows("same", same, a, a.shape[:1])
-    _check_margin(margin)
+    if same.dtype != torch.bool:
+        raise TypeError(f"same must be of booleans, got {same.dtype}")
+    _check_embeddings(a, b=b)
+    _check_rows("same", same, a.shape[:1])
+    check_positive(margin=margin)
     apart = (margin - _distance(a, b)).clamp(min=0).square()
-    return 0.5 * torch.where(same.bool(), _squared_distance(a, b), apart).mean()
+    return 0.5 * torch.where(same, _squared_distance(a, b), apart).mean()
 
 
 def triplet(
@@ -173,9 +182,8 @@ def triplet(
         >>> triplet(torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 2), 2.0), margin=7.0)
         tensor(1.)
     """
-    _check_rows("positive", positive, anchor, anchor.shape)
-    _check_rows("negative", negative, anchor, anchor.shape)
-    _check_margin(margin)
+    _check_embeddings(anchor, positive=positive, negative=negative)
+    check_positive(margin=margin)
     between = _squared_distance if squared else _distance
     excess = between(anchor, positive) - between(anchor, negative) + margin
     return excess.clamp(min=0).mean()
@@ -212,7 +220,8 @@ def nca(a: Tensor, labels: Tensor) -> Tensor:
         >>> nca(a, torch.tensor([0, 0, 1]))
         tensor(0.5158)
     """
-    _check_rows("labels", labels, a, a.shape[:1])
+    _check_embeddings(a)
+    _check_rows("labels", labels, a.shape[:1])
     if len(a) < 2:
         raise ValueError(f"a must hold at least two points, got {len(a)}")
     # The quick form of cdist loses small distances; this one has the gradient zero at zero.
@@ -252,7 +261,7 @@ def barlow_twins(a: Tensor, b: Tensor, *, redundancy: float = 0.005) -> Tensor:
         >>> barlow_twins(a, a.flip(1), redundancy=1.0)
         tensor(4.)
     """
-    _check_rows("b", b, a, a.shape)
+    _check_embeddings(a, b=b)
     a, b = ((z - z.mean(0)) / z.std(0, correction=0) for z in (a, b))
     c = a.T @ b / len(a)
     diagonal = c.diagonal()
@@ -260,17 +269,18 @@ def barlow_twins(a: Tensor, b: Tensor, *, redundancy: float = 0.005) -> Tensor:
     return (1.0 - diagonal).square().sum() + redundancy * off
 
 
-def _check_rows(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse no points, and what has not the shape that goes with them."""
-    if not x.numel():
-        raise ValueError(f"points must not be empty, got the shape {tuple(x.shape)}")
+def _check_embeddings(a: Tensor, **others: Tensor) -> None:
+    """Refuse no points, what is no rows of numbers, and others of another shape."""
+    check_points(a)
+    if a.dim() != 2:
+        raise ValueError(f"embeddings must have the shape (n, D), got {tuple(a.shape)}")
+    for name, other in others.items():
+        _check_rows(name, other, a.shape)
+
+
+def _check_rows(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if value.shape != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(value.shape)}")
-
-
-def _check_margin(margin: float) -> None:
-    if not margin > 0:
-        raise ValueError(f"margin must be positive, got {margin}")
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -6,20 +6,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energy import Energy
-from pyro_ebm.losses.base import energies_of_answers
+from pyro_ebm.losses.base import check_positive, energies_of_answers
 
 
 def _offence(
     energy: Energy, x: Tensor, y: Tensor, answers: Tensor, radius: float
 ) -> tuple[Tensor, Tensor]:
     """Return the energies of the right answers and of the most offending incorrect ones."""
-    if radius < 0:
-        raise ValueError(f"radius must not be negative, got {radius}")
-    right, value, answers = energies_of_answers(energy, x, y, answers)
-    apart = (answers - y if radius else answers != y).to(value.dtype)
-    apart = apart.reshape(*apart.shape[: 1 + right.dim()], -1)
-    incorrect = apart.norm(dim=-1) > radius
-    return right, torch.where(incorrect, value, torch.inf).amin(0)
+    right, wrong = energies_of_answers(energy, x, y, answers, radius)
+    return right, wrong.amin(0)
 
 
 def hinge(
@@ -44,7 +39,7 @@ def hinge(
         y: Their right answers, ``(*n, *event_y)``.
         answers: All answers, or those that may offend: ``(K, *event_y)``, or for each point its
             own, ``(K, *n, *event_y)``.
-        margin: The margin :math:`m`.
+        margin: The margin :math:`m`, positive.
         radius: How far from the right answer an incorrect one is, in the Euclidean norm; at zero
             all that are not equal to it are.
 
@@ -52,7 +47,8 @@ def hinge(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, a shape does not fit, or ``radius`` is negative.
+        ValueError: If there are no points, a shape does not fit, ``margin`` is not positive, or
+            ``radius`` is negative.
 
     References:
         | A Tutorial on Energy-Based Learning (LeCun et al., 2006), section 2.2
@@ -65,6 +61,7 @@ def hinge(
         >>> hinge(energy, x, y, answers)
         tensor(1.)
     """
+    check_positive(margin=margin)
     right, wrong = _offence(energy, x, y, answers, radius)
     return (margin + right - wrong).relu().mean()
 
@@ -133,7 +130,7 @@ def lvq2(
         y: Their right answers, ``(*n, *event_y)``.
         answers: All answers, or those that may offend: ``(K, *event_y)``, or for each point its
             own, ``(K, *n, *event_y)``.
-        ceiling: The most, :math:`M`, that a point may cost.
+        ceiling: The most, :math:`M`, that a point may cost, positive.
         radius: How far from the right answer an incorrect one is, in the Euclidean norm; at zero
             all that are not equal to it are.
 
@@ -141,7 +138,8 @@ def lvq2(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, a shape does not fit, or ``radius`` is negative.
+        ValueError: If there are no points, a shape does not fit, ``ceiling`` is not positive, or
+            ``radius`` is negative.
 
     References:
         | A Tutorial on Energy-Based Learning (LeCun et al., 2006), section 2.2
@@ -154,6 +152,7 @@ def lvq2(
         >>> lvq2(energy, x, y, answers)
         tensor(0.5000)
     """
+    check_positive(ceiling=ceiling)
     right, wrong = _offence(energy, x, y, answers, radius)
     return (right - wrong).relu().clamp(max=ceiling).mean()
 
@@ -221,7 +220,7 @@ def square_square(
         y: Their right answers, ``(*n, *event_y)``.
         answers: All answers, or those that may offend: ``(K, *event_y)``, or for each point its
             own, ``(K, *n, *event_y)``.
-        margin: The margin :math:`m`.
+        margin: The margin :math:`m`, positive.
         radius: How far from the right answer an incorrect one is, in the Euclidean norm; at zero
             all that are not equal to it are.
 
@@ -229,7 +228,8 @@ def square_square(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, a shape does not fit, or ``radius`` is negative.
+        ValueError: If there are no points, a shape does not fit, ``margin`` is not positive, or
+            ``radius`` is negative.
 
     References:
         | A Tutorial on Energy-Based Learning (LeCun et al., 2006), section 2.2
@@ -242,6 +242,7 @@ def square_square(
         >>> square_square(energy, x, y, answers)
         tensor(2.5000)
     """
+    check_positive(margin=margin)
     right, wrong = _offence(energy, x, y, answers, radius)
     return (right.square() + (margin - wrong).relu().square()).mean()
 
@@ -269,7 +270,7 @@ def square_exponential(
         y: Their right answers, ``(*n, *event_y)``.
         answers: All answers, or those that may offend: ``(K, *event_y)``, or for each point its
             own, ``(K, *n, *event_y)``.
-        weight: The weight :math:`\gamma` of the push.
+        weight: The weight :math:`\gamma` of the push, positive.
         radius: How far from the right answer an incorrect one is, in the Euclidean norm; at zero
             all that are not equal to it are.
 
@@ -277,7 +278,8 @@ def square_exponential(
         A scalar.
 
     Raises:
-        ValueError: If there are no points, a shape does not fit, or ``radius`` is negative.
+        ValueError: If there are no points, a shape does not fit, ``weight`` is not positive, or
+            ``radius`` is negative.
 
     References:
         | A Tutorial on Energy-Based Learning (LeCun et al., 2006), section 2.2
@@ -290,5 +292,6 @@ def square_exponential(
         >>> square_exponential(energy, x, y, answers)
         tensor(2.7516)
     """
+    check_positive(weight=weight)
     right, wrong = _offence(energy, x, y, answers, radius)
     return (right.square() + weight * (-wrong).exp()).mean()
