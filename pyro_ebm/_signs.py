@@ -182,7 +182,7 @@ def _fallen(history: History, name: str) -> tuple[int, float]:
     best, value = max(known, key=lambda pair: pair[1])
     drop, errors = value - history[name][-1], history["log_z_error"]
     noise = 3 * (errors[best] ** 2 + errors[-1] ** 2) ** 0.5
-    return best, drop if drop > max(0.05, noise, 0.1 * (value - known[0][1])) else 0.0
+    return best, drop if drop > max(0.05, noise, 0.05 * (value - known[0][1])) else 0.0
 
 
 def _overfitting(history: History) -> str | None:

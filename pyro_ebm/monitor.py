@@ -40,7 +40,13 @@ MUST_BE_FINITE = ("loss", "energy_data", "energy_negatives", "gradient")
 
 
 class TrainingWarning(UserWarning):
-    """A sign that training fails: its ``kind``, its ``step``, what was seen and what to do."""
+    """A sign that training fails.
+
+    Args:
+        message: What was seen and what to do.
+        kind: The kind of failure, as :class:`Monitor` lists them.
+        step: The step at which it was seen.
+    """
 
     def __init__(self, message: str, kind: str, step: int) -> None:
         super().__init__(message)
@@ -71,7 +77,7 @@ class Monitor:
     * ``"temperature"``: :math:`\sigma^2 / 2 \epsilon` of Langevin moves is not near 1;
     * ``"curvature"``: data in canyons, or nothing for score matching to learn from;
     * ``"overfitting"``, ``"falling"``: the held-out log-likelihood falls, while that of the
-      first batch does not, or does; by more than three errors, .05 nats and a tenth of the gain.
+      first batch does not, or does; by more than 3 errors, .05 nats and a twentieth of the gain.
 
     Each is warned of once, as a :class:`TrainingWarning`, and again where it has been away for
     two looks; all are in ``warnings``. Symptoms of a cause that is found are left out.

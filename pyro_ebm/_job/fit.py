@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from pyro_ebm._job.base import (
     JobError,
@@ -144,19 +145,13 @@ def split(table: Table, settings: Settings) -> Rows:
     return Rows(values[count:], values[:count], mean, scale)
 
 
-class _Average:
-    """The running average of an energy's weights; before the first step, zero: the Gaussian."""
+def _average(energy: Whitened) -> Any:
+    """Begin the running average of an energy's weights: at zero, which is the Gaussian."""
 
-    def __init__(self, energy: Whitened) -> None:
-        self.energy, self.steps = _zero(energy), 0
+    def mean(average: Tensor, now: Tensor, num: Tensor | int) -> Tensor:
+        return average.lerp(now, max(1 / MEMORY, 10 / (float(num) + 10)))  # of few steps, most
 
-    @torch.no_grad()
-    def update(self, energy: Whitened) -> None:
-        self.steps += 1
-        weight = max(1 / MEMORY, 10 / (self.steps + 9))  # all of the first few steps
-        pairs = zip(self.energy.parameters(), energy.parameters(), strict=True)
-        for mine, now in pairs:
-            mine.lerp_(now, min(1.0, weight))
+    return AveragedModel(_zero(energy), avg_fn=mean)
 
 
 @torch.no_grad()
@@ -180,12 +175,12 @@ class _Watch:
         self.best = Learned(_zero(energy), 0, 0.0, [], False)
 
     @torch.no_grad()
-    def look(self, average: _Average) -> float:
-        energy = average.energy
+    def look(self, average: Any) -> float:
+        energy, steps = average.module, int(average.n_averaged)
         log_z = (-energy(self.particles)).logsumexp(0) - math.log(PARTICLES)
         gain = float(-energy(self.points).mean() - log_z)
         if gain > (self.best.gain or 0.0):
-            self.best = Learned(copy.deepcopy(energy), average.steps, gain, [], False)
+            self.best = Learned(copy.deepcopy(energy), steps, gain, [], False)
         return gain
 
 
@@ -194,7 +189,7 @@ def _learn(rows: Tensor, watched: Tensor | None, settings: Settings, steps: int)
     torch.manual_seed(settings.seed)
     pyro.clear_param_store()
     energy = build_energy(settings.hidden, *gaussian(rows))
-    average = _Average(energy)
+    average = _average(energy)
     watch = None if watched is None else _Watch(watched, energy)
     history: list[list[float]] = []
     interrupted = False
@@ -202,22 +197,23 @@ def _learn(rows: Tensor, watched: Tensor | None, settings: Settings, steps: int)
     try:
         for loss in _losses(energy, rows, settings, steps, average):
             gain = [] if watch is None else [watch.look(average)]
-            history.append([average.steps, loss, *gain])
+            step = int(average.n_averaged)
+            history.append([step, loss, *gain])
             bar.set_postfix_str(f"loss {loss:.2f}" + "".join(f", gain {g:+.2f}" for g in gain))
-            bar.update(average.steps - bar.n)
+            bar.update(step - bar.n)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         bar.close()
     if watch is None:
-        return Learned(average.energy, average.steps, None, history, interrupted)
+        return Learned(average.module, int(average.n_averaged), None, history, interrupted)
     if interrupted:
         watch.look(average)
     return watch.best._replace(history=history, interrupted=interrupted)
 
 
 def _losses(
-    energy: Whitened, rows: Tensor, settings: Settings, steps: int, average: _Average
+    energy: Whitened, rows: Tensor, settings: Settings, steps: int, average: Any
 ) -> Iterator[float]:
     """Learn by contrastive divergence; yield mean losses, in nats a row, now and then."""
     points, base = energy.whiten(rows), standard_normal(rows.shape[1])
@@ -246,7 +242,7 @@ def _losses(
         if not math.isfinite(loss):
             raise JobError(f"learning broke down at step {step}: the loss is {loss}; lower --lr")
         recent.append(loss)
-        average.update(energy)
+        average.update_parameters(energy)
         if step % every == 0 or step == steps:
             mean, recent = sum(recent) / len(recent), []
             yield mean
