@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
     constant: bool = False  # the learning rate
 
 
-CD = Recipe()
+CD = Recipe(lr=2.0)
 PCD = Recipe(num_chains=BATCH, lr=0.5)
 LONG = PCD._replace(decay=7e-4, num_steps=10_000)
 BARS_CD = Recipe(lr=0.1, decay=0.0, num_steps=10_000, batch=30)
