@@ -60,10 +60,11 @@ class TrainingError(RuntimeError):
 class Monitor:
     r"""Watch a training loop, and warn by name when it fails.
 
-    Call :meth:`update` once a step, after ``backward`` and before the optimiser's step. It draws
-    none of your random numbers and changes nothing, so that training is the same to the bit
-    without it. At the first step and at every ``every``-th after it looks at 64 data
-    and chains; in between it takes no time and, on a GPU, waits for nothing. The kinds:
+    Call :meth:`update` once a step, after ``backward`` and before the optimiser's step; with SVI,
+    after ``svi.step``, which leaves no gradients to see. It draws none of your random numbers and
+    changes nothing, so that training is the same to the bit without it. At the first step and at
+    every ``every``-th it looks at 64 data and chains; in between it only adds up the loss and, on
+    a GPU, waits for nothing. The kinds:
 
     * ``"not finite"``: stops with a :class:`TrainingError` that names rows, or skips;
     * ``"blow-up"``: energies or gradients grow exponentially;
