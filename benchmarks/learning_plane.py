@@ -16,6 +16,7 @@ import pyro
 import torch
 
 import pyro_ebm as ebm
+from benchmarks import plane_adversarial
 from benchmarks.densities import DENSITIES, divergence, table
 from benchmarks.plane_methods import BASE, METHODS, Method, learn
 from benchmarks.plane_peers import PEERS
@@ -103,8 +104,14 @@ def compared(d, chains):
 def run(quick: bool) -> list[dict]:
     """Return the rows of all parts."""
     if quick:
-        return [*methods(0.1, ("ring",)), *shapes(0.1, ("moons",)), *tracking(20, ("ring",), 64)]
-    return [*methods(15.0), *shapes(30.0, seeds=3), *tracking()]
+        return [
+            *methods(0.1, ("ring",)),
+            *shapes(0.1, ("moons",)),
+            *tracking(20, ("ring",), 64),
+            plane_adversarial.row(0.1, 0),
+        ]
+    adversarial = [plane_adversarial.row(30.0, seed) for seed in range(3)]
+    return [*methods(15.0), *shapes(30.0, seeds=3), *tracking(), *adversarial]
 
 
 def plot(path, seconds):
