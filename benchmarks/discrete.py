@@ -138,8 +138,9 @@ def ising_methods(energy, start):
     }
 
 
-def block_kernel(rbm, energy=None):
-    return augmented(energy or rbm, rbm.sample_hidden, rbm.sample_visible)
+def block_kernel(rbm, energy=None, num_sweeps=1):
+    draws = rbm.sample_hidden, rbm.sample_visible
+    return augmented(energy or rbm, *draws, num_sweeps=num_sweeps)
 
 
 def joint_kernel(rbm):
@@ -176,6 +177,7 @@ def machines(rbm):
 def machine_methods(rbm, energy, start):
     return {
         "ours: block Gibbs": partial(Ours, block_kernel(rbm, energy)),
+        "ours: five sweeps a step": partial(Ours, block_kernel(rbm, energy, 5)),
         **informed(energy, start),
         **{name: partial(Peer, step) for name, step in machines(rbm).items()},
         **ebmkit_gradients(energy),

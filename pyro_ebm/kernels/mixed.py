@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energy import Energy
-from pyro_ebm.kernels.base import Kernel, MoveInfo, PointState, impossible
+from pyro_ebm.kernels.base import Kernel, MoveInfo, PointState, check_count, impossible
 
 
 class MixedState(NamedTuple):
@@ -99,7 +99,11 @@ def mixed(energy: Energy, kernels: Mapping[str, Callable[[Energy], Kernel]]) -> 
 
 
 def augmented(
-    energy: Energy, latent: Callable[[Tensor], Any], point: Callable[[Any], Tensor]
+    energy: Energy,
+    latent: Callable[[Tensor], Any],
+    point: Callable[[Any], Tensor],
+    *,
+    num_sweeps: int = 1,
 ) -> Kernel:
     r"""Draw latents given the point, then the point given the latents: data augmentation.
 
@@ -113,9 +117,13 @@ def augmented(
             records alone.
         latent: Draws latents of points.
         point: Draws points of latents.
+        num_sweeps: How many times a step draws both; it evaluates the energy once.
 
     Returns:
         The kernel.
+
+    Raises:
+        ValueError: If ``num_sweeps`` is no whole number from 1 on.
 
     References:
         | The Calculation of Posterior Distributions by Data Augmentation (Tanner and Wong, 1987)
@@ -129,13 +137,18 @@ def augmented(
         torch.Size([5, 6])
     """
 
+    check_count("num_sweeps", num_sweeps, 1)
+
     @torch.no_grad()
     def init(position: Tensor) -> PointState:
         return PointState(position, energy(position))
 
     def step(state: PointState) -> tuple[PointState, MoveInfo]:
         with torch.no_grad():
-            new = init(point(latent(state.position)))
+            x = state.position
+            for _ in range(num_sweeps):
+                x = point(latent(x))
+            new = init(x)
         ones = torch.ones_like(new.energy)
         return new, MoveInfo(new.energy, ones, ones.bool(), impossible(new.energy))
 
