@@ -136,7 +136,6 @@ def augmented(
         >>> state.position.shape
         torch.Size([5, 6])
     """
-
     check_count("num_sweeps", num_sweeps, 1)
 
     @torch.no_grad()
