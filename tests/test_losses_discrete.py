@@ -243,6 +243,17 @@ def test_an_energy_that_is_not_affine_is_refused(dtype):
 def test_affine_needs_points_that_can_be_differentiated():
     with pytest.raises(ValueError, match="x must be of floating point"):
         PSEUDO(Table(STATES), STATES, torch.arange(NUM), affine=True)
+    with pytest.raises(ValueError, match="must depend differentiably on its points"):
+        PSEUDO(lambda x: torch.zeros(x.shape[:-1]), BITS, affine=True)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_values_of_another_precision_leave_that_of_the_points(num):
+    x, values = BITS.float(), torch.arange(num, dtype=torch.float64)
+    b = torch.randn(4, dtype=torch.float32)
+    straight, jumps = (PSEUDO(lambda x: x @ b, x, values, affine=a) for a in (True, False))
+    assert straight.dtype == jumps.dtype == torch.float32
+    torch.testing.assert_close(straight, jumps)
 
 
 @every_kind
@@ -336,6 +347,8 @@ def test_what_is_wrong_is_named(loss):
         loss(energy, BITS, chunk_size=0)
     with pytest.raises(ValueError, match="values must hold two or more values"):
         loss(energy, BITS, torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"x must end in the shape .* \(3,\), got \(16, 4\)"):
+        loss(energy, BITS, torch.eye(3))
     with pytest.raises(ValueError, match=r"log_weight must have .*\(16,\), got \(3,\)"):
         loss(energy, BITS, log_weight=torch.zeros(3))
     with pytest.raises(ValueError, match="must return one energy per point"):

@@ -320,6 +320,14 @@ def test_many_levels_are_a_weighted_mean_of_each():
     torch.testing.assert_close(whole, torch.stack(parts).mean(), **EXACT)
 
 
+def test_one_level_for_all_may_be_a_number():
+    x, noise = torch.randn(2, 5, 3).unbind()
+    of_many = multi_level_denoising_score_matching(CONDITIONAL, x, noise, 0.5)
+    given = lambda x: CONDITIONAL(x, 0.5)
+    of_one = denoising_score_matching(given, x, noise, 0.5)
+    torch.testing.assert_close(of_many, 0.25 * of_one, **EXACT)
+
+
 def test_many_levels_are_least_at_the_truth():
     x, noise = 1.5 * whitened(20, 2).repeat(3, 1), signs(2, 60)
     sigma = torch.tensor([0.1, 1.0, 3.0]).repeat_interleave(20)
@@ -331,13 +339,22 @@ def test_many_levels_are_least_at_the_truth():
 # What is refused --------------------------------------------------------------------------------
 
 X = (4, 2)
+CONDITIONAL = lambda x, sigma: gaussian(x) / (1 + sigma**2)
 REFUSED = {
     "chunk_size": lambda: score_matching(gaussian, torch.ones(X), chunk_size=0),
     "one energy per point": lambda: score_matching(lambda x: x[..., :1], torch.ones(X)),
     "differentiably": lambda: score_matching(lambda x: x.detach().sum(-1), torch.ones(X)),
     "projections": lambda: sliced_score_matching(gaussian, torch.ones(X), torch.ones(2)),
     "noise": lambda: denoising_score_matching(gaussian, torch.ones(X), torch.ones(3, 2), 1.0),
+    "floating point": lambda: score_matching(gaussian, torch.ones(X, dtype=torch.long)),
     "sigma": lambda: denoising_score_matching(gaussian, torch.ones(X), torch.ones(X), 0.0),
+    "got nan": lambda: denoising_score_matching(gaussian, torch.ones(X), torch.ones(X), math.nan),
+    r"sigma must .* got the shape \(2,\)": lambda: denoising_score_matching(
+        gaussian, torch.ones(X), torch.ones(X), torch.ones(2)
+    ),
+    "positive, got -1": lambda: multi_level_denoising_score_matching(
+        CONDITIONAL, torch.ones(X), torch.ones(X), -1.0
+    ),
 }
 
 

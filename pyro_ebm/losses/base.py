@@ -34,6 +34,28 @@ def energies(energy: Energy, *parts: Tensor) -> Tensor:
     return energy(*parts)
 
 
+def differentiate(energy: Energy, x: Tensor, with_graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a copy of points, their energies and the gradients there, perhaps with a graph.
+
+    Raises:
+        ValueError: If there are no points, they are not of floating point, or the energy is not
+            differentiable or not one number per point.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point for a gradient, got {x.dtype}")
+    x = x.detach().clone().requires_grad_()
+    value = energies(energy, x)
+    if value.shape != x.shape[: value.dim()]:
+        raise ValueError(
+            f"{describe(energy)} must return one energy per point: for points of shape "
+            f"{tuple(x.shape)} expected its first dimensions, got {tuple(value.shape)}"
+        )
+    if not value.requires_grad:
+        raise ValueError(f"{describe(energy)} must depend differentiably on its points")
+    (grad,) = torch.autograd.grad(value.sum(), x, create_graph=with_graph, materialize_grads=True)
+    return x, value, grad
+
+
 def mean_energy(energy: Energy, *parts: Tensor, log_weight: Tensor | None = None) -> Tensor:
     """Return the mean energy of points, or their mean under weights that sum to one.
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm._sites import check_values
 from pyro_ebm.energy import Energy, describe, differentiable
-from pyro_ebm.losses.base import check_weights, energies, weighted_mean
+from pyro_ebm.losses.base import check_weights, differentiate, energies, weighted_mean
 
 
 def pseudo_likelihood(
@@ -51,8 +51,9 @@ def pseudo_likelihood(
 
     Raises:
         TypeError: If ``values`` is not a tensor.
-        ValueError: If there are no points, ``values`` are less than two, an energy or weight is
-            not one per point, or the energy is not affine where it should be.
+        ValueError: If there are no points, ``values`` are less than two or not of the shape of a
+            component, an energy or weight is not one per point, or the energy is not affine where
+            it should be.
 
     References:
         | Statistical Analysis of Non-Lattice Data (Besag, 1975)
@@ -248,6 +249,11 @@ def _rises(
     x = x.detach()
     values = torch.arange(2).to(x) if values is None else values
     check_values(values)
+    if x.shape[x.dim() + 1 - values.dim() :] != values.shape[1:]:
+        raise ValueError(
+            f"x must end in the shape of one of the values, {tuple(values.shape[1:])}, got "
+            f"{tuple(x.shape)}"
+        )
     values = values.reshape(len(values), -1)  # shape: (K, p), a component has p numbers
     value, slope = _value_and_slope(energy, x) if affine else (energies(energy, x), None)
     sites = x.reshape(value.numel(), -1, values.shape[-1])  # shape: (n, d, p)
@@ -266,7 +272,10 @@ def _rises(
 def _others(sites: Tensor, values: Tensor, cycle: bool) -> tuple[Tensor, Tensor]:
     """Return the other values of components, ``(d, m, n, p)``, and whether theirs is known."""
     held = (sites.unsqueeze(-2) == values).all(-1)  # shape: (n, d, K)
-    num = len(values)
+    num, values = len(values), values.to(sites.dtype)
+    if num == 2:  # as below, in a third of the time
+        other = torch.where(held[..., :1], values[1], values[0])
+        return other.transpose(0, 1).unsqueeze(1), held.any(-1).T
     steps = [1, num - 1] if cycle and num > 2 else list(range(1, num))
     index = held.long().argmax(-1).T.unsqueeze(1)
     index = index + torch.tensor(steps, device=index.device).unsqueeze(-1)
@@ -282,7 +291,7 @@ def _neighbours(
     def chunk(first: int, last: int) -> Tensor:
         each = torch.arange(last - first, device=x.device)
         moved = sites.repeat(last - first, others.shape[1], 1, 1, 1)
-        moved[each, :, :, first + each] = others[first:last].to(x.dtype)
+        moved[each, :, :, first + each] = others[first:last]
         value = energy(moved.reshape(*moved.shape[:2], *x.shape))
         if value.shape[:2] != moved.shape[:2] or value.numel() != moved.shape[:3].numel():
             raise ValueError(
@@ -301,13 +310,9 @@ def _neighbours(
 
 def _value_and_slope(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the energies and their gradients in the points, with a graph to the parameters."""
-    if not x.is_floating_point():
-        raise ValueError(f"x must be of floating point where affine is True, got {x.dtype}")
     keep = torch.is_grad_enabled()
     with differentiable():
-        point = x.clone().requires_grad_()
-        value = energies(energy, point)
-        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=keep)
+        _, value, slope = differentiate(energy, x, keep)
     return value if keep else value.detach(), slope
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_ebm.energy import Energy, describe, differentiable
-from pyro_ebm.losses.base import check_like, energies
+from pyro_ebm.energy import Energy, differentiable
+from pyro_ebm.losses.base import check_like, check_positive, differentiate
 
 
 def score_matching(energy: Energy, x: Tensor, *, chunk_size: int = 1) -> Tensor:
@@ -48,7 +48,8 @@ def score_matching(energy: Energy, x: Tensor, *, chunk_size: int = 1) -> Tensor:
     """
     with_graph = torch.is_grad_enabled()
     with differentiable():
-        x, grad, event = _gradient(energy, x, True)
+        x, value, grad = differentiate(energy, x, True)
+        event = x.shape[value.dim() :]
         size = event.numel()
         basis = torch.eye(size, dtype=x.dtype, device=x.device)
         basis = basis.reshape(size, *[1] * (x.dim() - len(event)), *event).expand(-1, *x.shape)
@@ -104,15 +105,16 @@ def sliced_score_matching(
     check_like("projections", projections, x)
     with_graph = torch.is_grad_enabled()
     with differentiable():
-        x, grad, event = _gradient(energy, x, True)
+        x, value, grad = differentiate(energy, x, True)
+        size = x.shape[value.dim() :].numel()
         directions = projections.detach().clone().reshape(-1, *x.shape)
         curvature = _curvature(x, grad, directions, chunk_size, with_graph)
     grad = grad if with_graph else grad.detach()
     if variance_reduced:
         square = grad.square().sum() * len(directions)
     else:
-        square = (grad * directions).reshape(-1, event.numel()).sum(-1).square().sum()
-    return (0.5 * square - curvature) / (directions.numel() / event.numel())
+        square = (grad * directions).reshape(-1, size).sum(-1).square().sum()
+    return (0.5 * square - curvature) / (directions.numel() / size)
 
 
 def denoising_score_matching(
@@ -141,7 +143,7 @@ def denoising_score_matching(
 
     Raises:
         ValueError: If there are no points, ``sigma`` is a number that is not positive, the shape
-            of the noise does not end in that of the points, or the energy is not differentiable
+            of it or of the noise does not fit the points, or the energy is not differentiable
             or not one number per point.
 
     References:
@@ -154,14 +156,12 @@ def denoising_score_matching(
         >>> denoising_score_matching(energy, x, noise, 0.5)  # (1^2 + (1 - 4)^2) / 4
         tensor(2.5000, grad_fn=<DivBackward0>)
     """
-    if not isinstance(sigma, Tensor) and not sigma > 0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
     residual, level, num = _residual(energy, x, noise, sigma)
     return 0.5 * (residual / level).square().sum() / num
 
 
 def multi_level_denoising_score_matching(
-    energy: Energy, x: Tensor, noise: Tensor, sigma: Tensor
+    energy: Energy, x: Tensor, noise: Tensor, sigma: float | Tensor
 ) -> Tensor:
     r"""Match the forces of an energy of points and noise levels at all levels at once.
 
@@ -197,7 +197,7 @@ def multi_level_denoising_score_matching(
         >>> multi_level_denoising_score_matching(energy, x, noise, torch.tensor([0.5, 1.0]))
         tensor(0.2900, grad_fn=<DivBackward0>)
     """
-    sigma = sigma.detach()
+    sigma = sigma.detach() if isinstance(sigma, Tensor) else sigma
     residual, _, num = _residual(lambda y: energy(y, sigma), x, noise, sigma)
     return 0.5 * residual.square().sum() / num
 
@@ -211,27 +211,19 @@ def _residual(
     """
     check_like("noise", noise, x)
     noise = noise.detach()
-    if isinstance(sigma, Tensor):
+    if not isinstance(sigma, Tensor):
+        check_positive(sigma=sigma)
+    elif sigma.shape not in ((), (1,), x.shape[: sigma.dim()]):
+        raise ValueError(
+            f"sigma must be one number or one per point of {tuple(x.shape)}, got the shape "
+            f"{tuple(sigma.shape)}"
+        )
+    else:
         sigma = sigma.detach().reshape(*sigma.shape, *[1] * (x.dim() - sigma.dim()))
     with_graph = torch.is_grad_enabled()
     with differentiable():
-        noisy, grad, event = _gradient(energy, x + sigma * noise, with_graph)
-    return sigma * grad - noise, sigma, noisy.numel() // event.numel()
-
-
-def _gradient(energy: Energy, x: Tensor, with_graph: bool) -> tuple[Tensor, Tensor, torch.Size]:
-    """Return a copy of the points, the gradient of the energy there, and the event's shape."""
-    x = x.detach().clone().requires_grad_()
-    value = energies(energy, x)
-    if value.shape != x.shape[: value.dim()]:
-        raise ValueError(
-            f"{describe(energy)} must return one energy per point: for points of shape "
-            f"{tuple(x.shape)} expected its first dimensions, got {tuple(value.shape)}"
-        )
-    if not value.requires_grad:
-        raise ValueError(f"{describe(energy)} must depend differentiably on its points")
-    (grad,) = torch.autograd.grad(value.sum(), x, create_graph=with_graph, materialize_grads=True)
-    return x, grad, x.shape[value.dim() :]
+        _, value, grad = differentiate(energy, x + sigma * noise, with_graph)
+    return sigma * grad - noise, sigma, value.numel()
 
 
 def _curvature(
