@@ -59,7 +59,7 @@ def errors(energy, sd):
 def discrepancy(num, w):
     def loss(energy, x):
         y = x + torch.randn_like(x)
-        return energy_discrepancy(energy, x, y + torch.randn(num, *x.shape), w=w)
+        return energy_discrepancy(energy, x, y + torch.randn(num, *x.shape), weight=w)
 
     return loss
 

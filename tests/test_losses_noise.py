@@ -58,7 +58,7 @@ def discrepancy(k, w):
     paths = [(x, y) for x in DATA.tolist() for y in moves(x).tolist()]
     listed = [moves(y)[:, None] if k is None else tuples(moves(y), k) for _, y in paths]
     x = torch.tensor([x for x, _ in paths]).repeat_interleave(listed[0].shape[1])
-    return lambda energy: energy_discrepancy(energy, x, torch.cat(listed, 1), w=w)
+    return lambda energy: energy_discrepancy(energy, x, torch.cat(listed, 1), weight=w)
 
 
 def binary(log_z=-3.0):
@@ -86,7 +86,9 @@ def unshared(energy):
     """A fault: perturb the point for each negative, and not once for all."""
     x = DATA.repeat_interleave(16)
     twice = torch.cat([torch.cat([*map(moves, moves(i).tolist())]) for i in DATA.tolist()])
-    return energy_discrepancy(energy, x, twice.reshape(-1, 16).T.repeat_interleave(16, 1), w=0.0)
+    return energy_discrepancy(
+        energy, x, twice.reshape(-1, 16).T.repeat_interleave(16, 1), weight=0.0
+    )
 
 
 FAULTS = {
@@ -315,7 +317,7 @@ def test_of_a_gaussian_it_is_the_difference_of_energies_before_and_after_the_mov
     values = torch.stack(
         [
             energy_discrepancy(
-                lambda x: k * gaussian(x), x, y + t**0.5 * torch.randn(2000, n, 1), w=0.0
+                lambda x: k * gaussian(x), x, y + t**0.5 * torch.randn(2000, n, 1), weight=0.0
             )
             for _ in range(30)
         ]
@@ -357,7 +359,17 @@ REFUSED = {
     "by rsample": lambda x: flow_contrastive(gaussian, x, x, WIDE.to_event(1)),
     "dimension of their own": lambda x: ranking_noise_contrastive(gaussian, x, x, WIDE),
     "not empty": lambda x: energy_discrepancy(gaussian, x, x.new_ones(0, *POINTS)),
-    "w must not": lambda x: energy_discrepancy(gaussian, x, x[None], w=-1.0),
+    "perturbed must": lambda x: energy_discrepancy(gaussian, x, x[:, None]),
+    "weight must not": lambda x: energy_discrepancy(gaussian, x, x[None], weight=-1.0),
+    "got Flat": lambda x: noise_contrastive(
+        gaussian, x > 0, x > 0, ebm.Flat((2,), dist.constraints.boolean)
+    ),
+    r"log_partition must .* got the shape \(4, 1\)": lambda x: noise_contrastive(
+        gaussian, x, x, WIDE.to_event(1), torch.zeros(4, 1)
+    ),
+    r"broadcast .* \(5,\), got the shape \(4,\)": lambda x: noise_contrastive(
+        gaussian, x, torch.ones(5, 2), WIDE.to_event(1), torch.zeros(4)
+    ),
 }
 
 

@@ -37,14 +37,15 @@ def noise_contrastive(
         x: Data, of shape ``(*n, *event)``.
         negatives: Draws of the noise, ``(*m, *event)``; no gradient flows into them.
         noise: The law :math:`q`: a distribution with a ``log_prob``; it gets no gradient.
-        log_partition: The model's log Z, a number or a parameter that learns.
+        log_partition: The model's log Z, a number or a parameter that learns; for conditions
+            in rows, one each, which broadcasts to the energies.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If there are no points, the noise is not normalised, or it and the energy do
-            not have one number per point each.
+        ValueError: If there are no points, the noise is not normalised, it and the energy do not
+            have one number per point each, or log Z does not broadcast to these.
 
     References:
         | Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to
@@ -154,12 +155,14 @@ def ranking_noise_contrastive(energy: Energy, x: Tensor, negatives: Tensor, nois
         >>> ranking_noise_contrastive(lambda x: x.sum(-1), x, negatives, noise)  # log 8
         tensor(2.0794)
     """
-    _check_rank(x, negatives)
+    _check_rank("negatives", negatives, x.shape, torch.Size((1, *x.shape[1:])))  # or for all
     drawn = _log_ratio(energy, negatives.detach(), noise)
     return _rank(drawn - _log_ratio(energy, x, noise), 0.0)
 
 
-def energy_discrepancy(energy: Energy, x: Tensor, perturbed: Tensor, *, w: float = 1.0) -> Tensor:
+def energy_discrepancy(
+    energy: Energy, x: Tensor, perturbed: Tensor, *, weight: float = 1.0
+) -> Tensor:
     r"""Tell each data point from points around it: a contrast without sampler or log Z.
 
     .. math:: \mathcal{L} = \mathbb{E}_x \log \Big( \frac{w}{M} + \frac{1}{M} \sum_{j=1}^M
@@ -177,13 +180,13 @@ def energy_discrepancy(energy: Energy, x: Tensor, perturbed: Tensor, *, w: float
         energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``.
         x: Data, of shape ``(*n, *event)``.
         perturbed: The points :math:`x'`, ``(M, *n, *event)``; no gradient flows into them.
-        w: The weight :math:`w` of the point itself, not negative.
+        weight: The weight :math:`w` of the point itself, not negative.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If there are no points, the perturbed ones do not fit them, or ``w`` is
+        ValueError: If there are no points, the perturbed ones do not fit them, or ``weight`` is
             negative.
 
     References:
@@ -198,27 +201,28 @@ def energy_discrepancy(energy: Energy, x: Tensor, perturbed: Tensor, *, w: float
         >>> energy_discrepancy(lambda x: 0.5 * x.square().sum(-1), x, perturbed).shape
         torch.Size([])
     """
-    if not w >= 0:
-        raise ValueError(f"w must not be negative, got {w}")
-    _check_rank(x, perturbed)
+    if not weight >= 0:
+        raise ValueError(f"weight must not be negative, got {weight}")
+    _check_rank("perturbed", perturbed, x.shape)
     difference = energy(x) - energy(perturbed.detach())
-    log_w = math.log(w) if w else -math.inf
-    return _rank(difference, log_w) - math.log(len(perturbed))
+    log_weight = math.log(weight) if weight else -math.inf
+    return _rank(difference, log_weight) - math.log(len(perturbed))
 
 
 def _check_normalized(noise: Any) -> None:
     """Refuse noise without a log Z of its own, which the model's would take in."""
-    if not getattr(noise, "is_normalized", True):
-        raise ValueError("noise must be normalised, got a distribution without log_partition")
-
-
-def _check_rank(x: Tensor, negatives: Tensor) -> None:
-    """Refuse negatives without a first dimension that counts those of each point."""
-    shared = (len(negatives), 1, *x.shape[1:])  # by all points
-    if negatives.shape not in {(len(negatives), *x.shape), shared} or not negatives.numel():
+    if not getattr(noise, "is_normalized", True) or getattr(noise, "log_volume", 0.0):
         raise ValueError(
-            "negatives must have a dimension of their own, not empty, and then the shape of x, "
-            f"{tuple(x.shape)}, got {tuple(negatives.shape)}"
+            f"noise must be normalised, got {type(noise).__name__} without a log Z of its own"
+        )
+
+
+def _check_rank(name: str, value: Tensor, *shapes: torch.Size) -> None:
+    """Refuse points without a first dimension that counts those of each point."""
+    if value.shape[1:] not in shapes or not value.dim() or not value.numel():
+        raise ValueError(
+            f"{name} must have a dimension of their own, not empty, and then the shape of x, "
+            f"{tuple(shapes[0])}, got {tuple(value.shape)}"
         )
 
 
@@ -251,6 +255,14 @@ def _frozen(energy: Energy) -> Energy:
 
 def _classify(data: Tensor, drawn: Tensor, log_partition: float | Tensor) -> Tensor:
     """Return the loss of telling data from draws by their log ratios, per point of the data."""
+    for ratio in (data, drawn):
+        shape = getattr(log_partition, "shape", ())[::-1]
+        sizes = zip(shape, ratio.shape[::-1], strict=False)
+        if len(shape) > ratio.dim() or any(size not in (1, most) for size, most in sizes):
+            raise ValueError(
+                f"log_partition must be one number, or broadcast to the energies "
+                f"{tuple(ratio.shape)}, got the shape {tuple(shape[::-1])}"
+            )
     nu = drawn.numel() / data.numel()
     shift = log_partition + math.log(nu)
     return -logsigmoid(data - shift).mean() - nu * logsigmoid(shift - drawn).mean()
