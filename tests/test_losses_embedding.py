@@ -40,6 +40,19 @@ def test_info_nce_is_the_cross_entropy_of_the_energies_of_all_pairs(symmetric):
     same_with_gradients(info_nce(dot, a, b, symmetric=symmetric), want, [a, b])
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_large_constant_takes_no_digits_from_info_nce(symmetric):
+    x = torch.randint(5, (6, 1)).float().requires_grad_()
+    losses = [
+        info_nce(
+            lambda x, y, c=c: (x - y).abs().sum(-1) + c, x, x.detach() + 1, symmetric=symmetric
+        )
+        for c in (0.0, 2.0**23)
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x) for v in losses))
+
+
 def test_info_nce_takes_parts_of_different_shapes():
     x, y = torch.randn(N, 2, 2), torch.randn(N)
     value = info_nce(lambda x, y: x.sum((-1, -2)) * y, x, y)

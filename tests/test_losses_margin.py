@@ -297,6 +297,25 @@ def test_the_right_answer_is_one_of_all_also_where_it_is_not_listed(loss):
     assert loss(f, x, y, answers[:1]) >= 0
 
 
+@pytest.mark.parametrize("beta", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("loss", [negative_log_likelihood, minimum_empirical_error])
+def test_a_large_constant_takes_no_digits(loss, beta):
+    energies = torch.randint(5, (N, K)).float()  # whole numbers, which the sum keeps
+    expected = value_and_slopes(loss, energies, beta=beta)
+    torch.testing.assert_close(value_and_slopes(loss, energies + 2.0**23, beta=beta), expected)
+
+
+def test_walls_are_no_likely_answers():
+    energies = torch.randn(2, K)
+    energies[0, 1:] = math.inf  # the right answers are 0 and 2
+    assert minimum_empirical_error(*table_of(energies[:1])) == 0
+    energies[1, 2] = math.inf
+    value, slopes = value_and_slopes(minimum_empirical_error, energies)
+    assert value == 0.5
+    assert (slopes == 0).all()
+    assert negative_log_likelihood(*table_of(energies)) == math.inf
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 def test_answers_without_a_sign_are_apart_on_both_sides(dtype):
     f = lambda x, a: x * a.to(x).sum(-1)

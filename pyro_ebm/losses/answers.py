@@ -165,8 +165,13 @@ def minimum_empirical_error(
 def _free_energies(
     energy: Energy, x: Tensor, y: Tensor, answers: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the energies of the right answers, and those of these and all others together."""
+    """Return the energies of the right answers, and those of these and all others together.
+
+    Both are above the least of each point, so that a large constant takes no digits from them.
+    """
     check_positive_beta(beta)
     right, wrong = energies_of_answers(energy, x, y, answers)
     value = torch.cat([right.unsqueeze(0), wrong])
-    return right, soft_minimum(value, torch.zeros_like(value), beta)
+    least = value.detach().amin(0)
+    least = torch.where(least.isfinite(), least, 0.0)
+    return right - least, soft_minimum(value - least, torch.zeros_like(value), beta)

@@ -55,11 +55,9 @@ def info_nce(energy: Energy, x: Tensor, y: Tensor, *, symmetric: bool = False) -
             f"{describe(energy)} must broadcast the batches (n, 1) and (1, n) of its parts to "
             f"{(len(x), len(x))}, got {tuple(logits.shape)}"
         )
-    own = logits.diagonal()
-    loss = logits.logsumexp(1) - own
-    if symmetric:
-        loss = 0.5 * (loss + logits.logsumexp(0) - own)
-    return loss.mean()
+    own = torch.arange(len(x), device=logits.device)
+    loss = functional.cross_entropy(logits, own)
+    return 0.5 * (loss + functional.cross_entropy(logits.T, own)) if symmetric else loss
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float = 0.5) -> Tensor:
