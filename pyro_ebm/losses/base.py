@@ -57,14 +57,18 @@ def differentiate(energy: Energy, x: Tensor, with_graph: bool) -> tuple[Tensor, 
 
 
 def mean_energy(energy: Energy, *parts: Tensor, log_weight: Tensor | None = None) -> Tensor:
-    """Return the mean energy of points, or their mean under weights that sum to one.
+    """Return the mean energy of points, or that under weights."""
+    return mean_of(energy, energies(energy, *parts), log_weight)
 
-    Points without weight are left out, also where their energy is infinite.
+
+def mean_of(energy: Energy, value: Tensor, log_weight: Tensor | None) -> Tensor:
+    """Return the mean of numbers, one per energy, or that under weights that sum to one.
+
+    Numbers without weight are left out, also where they are infinite.
 
     Raises:
-        ValueError: If there are no points, or the weights are not one per energy.
+        ValueError: If the weights are not one per energy.
     """
-    value = energies(energy, *parts)
     if log_weight is None:
         return value.mean()
     check_weights(energy, value, log_weight)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm._sites import check_values
 from pyro_ebm.energy import Energy, describe, differentiable
-from pyro_ebm.losses.base import check_weights, differentiate, energies, weighted_mean
+from pyro_ebm.losses.base import differentiate, energies, mean_of
 
 
 def pseudo_likelihood(
@@ -67,7 +67,7 @@ def pseudo_likelihood(
     rise = _rises(energy, x, values, affine=affine, chunk_size=chunk_size)
     # With the point itself the sum is never empty, even where all its neighbours are walls.
     logits = torch.cat([torch.zeros_like(rise[:, :1]), -rise], 1)
-    return _mean(energy, logits.logsumexp(1).sum(0), log_weight)
+    return mean_of(energy, logits.logsumexp(1).sum(0), log_weight)
 
 
 def ratio_matching(
@@ -116,7 +116,7 @@ def ratio_matching(
         tensor(0.3757, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
-    return _mean(energy, torch.sigmoid(-rise).square().sum((0, 1)), log_weight)
+    return mean_of(energy, torch.sigmoid(-rise).square().sum((0, 1)), log_weight)
 
 
 def minimum_probability_flow(
@@ -166,7 +166,7 @@ def minimum_probability_flow(
         tensor(1.7342, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
-    return _mean(energy, (-0.5 * rise).exp().sum((0, 1)), log_weight)
+    return mean_of(energy, (-0.5 * rise).exp().sum((0, 1)), log_weight)
 
 
 def concrete_score_matching(
@@ -219,15 +219,7 @@ def concrete_score_matching(
         tensor(-0.6770, grad_fn=<MeanBackward0>)
     """
     rise = _rises(energy, x, values, cycle=cycle, affine=affine, chunk_size=chunk_size)
-    return _mean(energy, ((-2.0 * rise).exp() - 2.0 * rise.exp() + 1.0).sum((0, 1)), log_weight)
-
-
-def _mean(energy: Energy, value: Tensor, log_weight: Tensor | None) -> Tensor:
-    """Return the mean over the data, or that under weights."""
-    if log_weight is None:
-        return value.mean()
-    check_weights(energy, value, log_weight)
-    return weighted_mean(value.flatten(), log_weight.flatten())
+    return mean_of(energy, ((-2.0 * rise).exp() - 2.0 * rise.exp() + 1.0).sum((0, 1)), log_weight)
 
 
 def _rises(

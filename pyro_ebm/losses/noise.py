@@ -211,7 +211,7 @@ def energy_discrepancy(
 
 def _check_normalized(noise: Any) -> None:
     """Refuse noise without a log Z of its own, which the model's would take in."""
-    if not getattr(noise, "is_normalized", True) or getattr(noise, "log_volume", 0.0):
+    if not getattr(noise, "is_normalized", True) or getattr(noise, "log_volume", 0) != 0:
         raise ValueError(
             f"noise must be normalised, got {type(noise).__name__} without a log Z of its own"
         )
