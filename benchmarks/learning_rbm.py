@@ -134,9 +134,7 @@ def _spanning_tree(weight: Tensor) -> Tensor:
 def sweep(rbm: ebm.zoo.RBM, v: Tensor, k: int = 1) -> Tensor:
     """Draw the hidden units given the visible ones and back, k times."""
     for _ in range(k):
-        for logits in (rbm.hidden_logits, rbm.visible_logits):
-            prob = logits(v).sigmoid_()
-            v = (torch.rand_like(prob) < prob).to(prob)  # torch.bernoulli takes half as long again
+        v = rbm.sample_visible(rbm.sample_hidden(v))
     return v
 
 

@@ -209,8 +209,8 @@ class RBM(nn.Module):
 
 
 def _bernoulli(logits: Tensor) -> Tensor:
-    logits = logits.detach()
-    return (torch.rand_like(logits) < logits.sigmoid()).to(logits)
+    prob = logits.detach().sigmoid()
+    return torch.rand_like(prob).lt_(prob)  # in place: no comparison and cast
 
 
 def _hollow(coupling: Tensor) -> Tensor:
