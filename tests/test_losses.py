@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pyro.distributions import Normal
 
 from pyro_ebm import losses
 from tests.common import EXACT, NUMERIC
@@ -137,6 +138,17 @@ def test_no_points_are_an_error(case):
         ]
         with pytest.raises(ValueError, match="must|empty"):
             case.loss(case.energy(), *tensors)
+
+
+CALLED_BY_THE_CASE = ("maximum_likelihood", "improved", "adversarial", "multi_level")
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if not n.startswith(CALLED_BY_THE_CASE)])
+def test_a_distribution_is_no_energy(name):
+    """To call a distribution is to draw from it."""
+    case = LOSSES[name]
+    with pytest.raises(TypeError, match="energy must be .* got Normal"):
+        case.loss(Normal(torch.zeros(2), 1.0), *case.tensors())
 
 
 @every_loss

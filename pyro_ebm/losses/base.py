@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_ebm.energy import Energy, describe, value_and_grad
 
@@ -28,8 +29,12 @@ def energies(energy: Energy, *parts: Tensor) -> Tensor:
     """Return the energies of points, of one or several parts.
 
     Raises:
+        TypeError: If the energy is a distribution; to call one is to draw from it.
         ValueError: If there are no points.
     """
+    if isinstance(energy, Distribution):
+        name = type(energy).__name__
+        raise TypeError(f"energy must be a function of points, such as d.potential, got {name}")
     check_points(*parts)
     return energy(*parts)
 

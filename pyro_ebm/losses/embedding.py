@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_ebm.energy import Energy, describe
-from pyro_ebm.losses.base import check_points, check_positive
+from pyro_ebm.losses.base import check_points, check_positive, energies
 
 
 def info_nce(energy: Energy, x: Tensor, y: Tensor, *, symmetric: bool = False) -> Tensor:
@@ -45,11 +45,10 @@ def info_nce(energy: Energy, x: Tensor, y: Tensor, *, symmetric: bool = False) -
         >>> info_nce(energy, x, x)                         # log(1 + e^-1)
         tensor(0.3133)
     """
-    check_points(x)
     if not x.dim():
         raise ValueError("x must have the shape (n, *event), got ()")
     _check_rows("y", y, (len(x), *y.shape[1:]))
-    logits = -energy(x.unsqueeze(1), y.unsqueeze(0))
+    logits = -energies(energy, x.unsqueeze(1), y.unsqueeze(0))
     if logits.shape != (len(x), len(x)):
         raise ValueError(
             f"{describe(energy)} must broadcast the batches (n, 1) and (1, n) of its parts to "

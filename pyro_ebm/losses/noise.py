@@ -204,7 +204,7 @@ def energy_discrepancy(
     if not weight >= 0:
         raise ValueError(f"weight must not be negative, got {weight}")
     _check_rank("perturbed", perturbed, x.shape)
-    difference = energy(x) - energy(perturbed.detach())
+    difference = energies(energy, x) - energies(energy, perturbed.detach())
     log_weight = math.log(weight) if weight else -math.inf
     return _rank(difference, log_weight) - math.log(len(perturbed))
 
