@@ -55,20 +55,22 @@ def soft_minimum(
     wall = (energy == torch.inf) | (log_measure == -torch.inf)
     if not isinstance(beta, Tensor) and beta == math.inf:
         return torch.where(wall, torch.inf, energy).amin(dim)
-    safe = torch.where(wall, 0.0, energy)
+    # From the least energy on, so that a large constant costs no digits of the differences.
+    least = torch.where(wall, torch.inf, energy.detach()).amin(dim, keepdim=True)
+    least = torch.where(least.isfinite(), least, 0.0)
+    gap = torch.where(wall, 0.0, energy - least)
     wide = beta.unsqueeze(dim) if isinstance(beta, Tensor) and beta.dim() > 0 else beta
-    logits = torch.where(wall, -torch.inf, log_measure - wide * safe)
-    direct = -logits.logsumexp(dim) / beta
+    logits = torch.where(wall, -torch.inf, log_measure - wide * gap)
+    least = least.squeeze(dim)
+    direct = least - logits.logsumexp(dim) / beta
     if not isinstance(beta, Tensor) and beta >= 0.1:
         return direct
     # At small beta the sum is one but for rounding: add up what it lacks.
-    least = torch.where(wall, torch.inf, energy.detach()).amin(dim, keepdim=True)
-    gap = torch.where(wall, 0.0, safe - least)
     share = torch.softmax(log_measure, dim)
     tilt = (share * torch.where(wall, -1.0, torch.expm1(-wide * gap))).sum(dim)
     small = tilt > -0.5
     total = log_measure.logsumexp(dim)
-    series = least.squeeze(dim) - (total + torch.where(small, tilt, 0.0).log1p()) / beta
+    series = least - (total + torch.where(small, tilt, 0.0).log1p()) / beta
     return torch.where(small, series, direct)
 
 

@@ -105,3 +105,12 @@ def test_its_derivatives_are_shares_and_minus_an_entropy(beta):
 def test_the_wider_type_holds():
     value = soft_minimum(ENERGIES, torch.zeros(4, dtype=torch.float32), 0.01)
     torch.testing.assert_close(value, soft_minimum(ENERGIES, torch.zeros(4), 0.01), **EXACT)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e6, 1e7, 1e8])
+def test_a_large_constant_costs_no_digits_of_the_shares(constant):
+    energy = (torch.tensor([0.0, 1.0, 2.0]) * max(1.0, constant / 1e6) + constant).float()
+    energy.requires_grad_()
+    value = soft_minimum(energy, torch.zeros(3, dtype=torch.float32), 1.0)
+    (share,) = torch.autograd.grad(value, energy)
+    torch.testing.assert_close(share, torch.softmax(-energy.detach().double(), 0).float())
