@@ -143,6 +143,30 @@ def scoring() -> tuple[str, dict[str, Any]]:
     return "a GibbsBoltzmann distribution", {}
 
 
+def needs_all_values() -> str:
+    """Say which part of Pyro compares log-densities of different latents, if one does: ``""``.
+
+    Its weights, or its gradients by the score function, would lack what log Z changes.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "get_importance_trace":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return ""
+    nodes = frame.f_locals["guide_trace"].nodes.items()
+    latent = {n: m for n, m in nodes if m["type"] == "sample" and not m["is_observed"]}
+    caller = frame.f_back.f_globals["__name__"] if frame.f_back else ""
+    if latent and caller in ("pyro.infer.renyi_elbo", "pyro.infer.rws"):
+        return f"{caller}, which weighs draws,"
+    scored = [
+        name
+        for name, node in latent.items()
+        if not (getattr(node["fn"], "has_rsample", False) or "_enumerate_dim" in node["infer"])
+        and node["fn"].log_prob(node["value"]).requires_grad
+    ]
+    return f"the score function of the guide's {_list(scored)}" if scored else ""
+
+
 def _random(nodes: dict[str, Any], seen: set[Any]) -> list[str]:
     """Name the sites through whose values a graph runs."""
     values = {n: node.get("value") for n, node in nodes.items() if node["type"] == "sample"}

@@ -395,10 +395,16 @@ WRONG = {
     "low above high": (lambda: Quadrature(1.0, 0.0, 8), "low must be below high"),
     "one point": (lambda: Quadrature(0.0, 1.0, 1), "num_points must be at least 2, got 1"),
     "one particle": (lambda: Importance(num_particles=1), "num_particles must be at least 2"),
-    "no chain": (lambda: Contrastive(num_chains=0), "num_chains must be at least 1, got 0"),
-    "no move": (lambda: Contrastive(num_steps=0), "num_steps must be at least 1, got 0"),
+    "no chain": (
+        lambda: Contrastive(num_chains=0),
+        "num_chains must be a whole number of at least 1, got 0",
+    ),
+    "no move": (
+        lambda: Contrastive(num_steps=0),
+        "num_steps must be a whole number of at least 1, got 0",
+    ),
     "start": (lambda: Contrastive(start="noise"), "start must be 'base' or 'data'"),
-    "restart": (lambda: Contrastive(restart=1.0), r"restart must be in \[0, 1\), got 1.0"),
+    "restart": (lambda: Contrastive(restart=1.5), "restart must be between 0 and 1, got 1.5"),
     "step": (lambda: Contrastive(step_size=0.0), "step_size must be positive"),
     "step of ula": (lambda: Contrastive(ula), "step_size must be given for ula"),
     "four dimensions": (

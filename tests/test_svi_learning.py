@@ -8,7 +8,14 @@ import pytest
 import scipy.stats
 import torch
 from pyro.distributions import constraints
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoDelta
 from pyro.optim import Adam, ClippedAdam
 from torch import nn
@@ -316,6 +323,64 @@ def test_the_chains_of_a_row_have_its_law():
     assert (mean.flip(0) - math.e * x / precision).abs().max() > FAR * error
 
 
+def test_each_row_has_a_step_of_its_own():
+    """With one step for all, the mean acceptance would be right where the narrowest row stands."""
+    precision, values = torch.tensor([0.1, 1.0, 300.0]), torch.zeros(3)
+    method = Contrastive(num_chains=200, num_steps=5, weighted=False)
+
+    def model():
+        with pyro.plate("n", 3, subsample_size=2) as i:
+            energy = ebm.Given(lambda y, k: 0.5 * k * y.square(), precision[i])
+            base = dist.Normal(torch.tensor(0.0), 3.0)
+            pyro.sample("y", ebm.GibbsBoltzmann(energy, base, log_partition=method), obs=values[i])
+
+    svi = SVI(model, lambda: None, Adam({}), Trace_ELBO())
+    for _ in range(80):
+        svi.step()
+    step, moved = method.chains.log_step.exp() * precision, method.chains
+    assert (step < 4.0).all()  # where MALA accepts no more
+    square = moved.position.square().mean(0) * (precision + 1 / 9)
+    assert ((square - 1).abs() < FAR * math.sqrt(2 / 200)).all()
+
+
+def test_rows_that_change_in_number_start_anew_and_that_is_said():
+    x, y = regression(30)
+    method = Contrastive(num_chains=8, num_steps=3)
+    svi = SVI(conditional, lambda *_: None, Adam({"lr": 1e-3}), Trace_ELBO())
+    svi.step(method, x, y, None, torch.arange(10))
+    with pytest.warns(UserWarning, match="cannot tell to which rows"):
+        svi.step(method, x, y, None, torch.arange(4))
+
+
+def test_an_evaluation_that_fails_leaves_chains_and_their_rows():
+    x, y = regression(30)
+    method = Contrastive(num_chains=8, num_steps=3)
+
+    def evaluate(rows, broken=False):
+        def energy(y, x):
+            if broken and y.dim() == 3:  # of the chains, in two groups
+                raise RuntimeError("broken")
+            return 0.5 * (y - x).square()
+
+        base = dist.Normal(torch.tensor(0.0), 3.0)
+        return method.log_z(ebm.GibbsBoltzmann(ebm.Given(energy, x[rows]), base), y[rows])
+
+    first, second = torch.arange(10), torch.arange(10, 20)
+    evaluate(first)
+    before, moved = method.chains, method.moved
+    with (
+        pytest.raises(RuntimeError, match="broken"),
+        pytest.warns(UserWarning, match="cannot tell"),
+    ):
+        evaluate(second, broken=True)
+    assert method.chains is before
+    assert method.moved is moved
+    evaluate(first)
+    assert (method.chains.age == 6).all()
+    with pytest.warns(UserWarning, match="cannot tell"):  # chains of the first rows
+        evaluate(second)
+
+
 def test_rows_that_change_without_a_plate_start_anew_and_that_is_said():
     x, y = regression(30)
     method = Contrastive(num_chains=8, num_steps=3)
@@ -400,6 +465,36 @@ def test_chains_follow_the_latents_of_a_guide(persistent):
     assert abs(1 / k - variance) < 0.12  # the likelihood is flat there: three nats of 450
     assert abs(slope - k / (1 + k)) < 0.05
     assert abs(scale - (1 + k) ** -0.5) < 0.05
+
+
+def two_precisions(method):
+    """A latent chooses one of two energies, whose log Z decide on it."""
+    z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+    base = dist.Normal(torch.tensor(0.0), 3.0)
+    law = ebm.GibbsBoltzmann(lambda x: (0.05 + 0.5 * z) * x**2, base, log_partition=method)
+    pyro.sample("x", law, obs=torch.tensor(1.0))
+
+
+def chosen(*_):
+    q = pyro.param("q", torch.tensor(0.5), constraint=constraints.unit_interval)
+    pyro.sample("z", dist.Bernoulli(q))
+
+
+@pytest.mark.parametrize("elbo", [ELBOS["Trace"], ELBOS["TraceGraph"], ELBOS["TraceEnum"]])
+def test_a_score_function_is_refused_what_has_no_value(elbo):
+    """Its gradient is the value times a score: without log Z it learned .63 for a true .59."""
+    unweighted = Contrastive(num_chains=4, num_steps=1, weighted=False)
+    with pytest.raises(ebm.UnnormalizedError, match="score function of the guide's 'z' needs"):
+        SVI(two_precisions, chosen, Adam({}), elbo()).step(unweighted)
+    weighted = Contrastive(num_chains=4, num_steps=1)
+    SVI(two_precisions, chosen, Adam({}), elbo()).step(weighted)
+
+
+def test_weights_of_draws_are_refused_what_has_no_value():
+    method = Contrastive(num_chains=4, num_steps=1, weighted=False)
+    renyi = RenyiELBO(num_particles=2)
+    with pytest.raises(ebm.UnnormalizedError, match="renyi_elbo, which weighs draws, needs"):
+        SVI(two_precisions, chosen, Adam({}), renyi).step(method)
 
 
 def test_a_resumed_method_gives_the_same_bits(tmp_path):

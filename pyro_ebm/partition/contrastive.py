@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm._free import MakeKernel
-from pyro_ebm._guard import UnnormalizedWarning, is_tracing, scoring
+from pyro_ebm._guard import (
+    UnnormalizedError,
+    UnnormalizedWarning,
+    is_tracing,
+    needs_all_values,
+    scoring,
+)
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
+from pyro_ebm.kernels.base import check_count, check_positive, check_share
 from pyro_ebm.kernels.langevin import ula
 from pyro_ebm.negatives import Chains, Moved, Negatives, put, spread, take
 from pyro_ebm.partition.base import LogPartition, from_weights, needs_value
@@ -93,11 +100,15 @@ class Contrastive:
         step_size: float | None = None,
         weighted: bool | None = None,
     ) -> None:
-        _check_options(num_chains, num_steps, start, restart)
-        if kernel is ula and step_size is None:
+        check_count("num_chains", num_chains, 1)
+        check_count("num_steps", num_steps, 1)
+        check_share("restart", restart)
+        if start not in ("base", "data"):
+            raise ValueError(f"start must be 'base' or 'data', got {start!r}")
+        if step_size is not None:
+            check_positive("step_size", step_size)
+        elif kernel is ula:
             raise ValueError("step_size must be given for ula, which has no rate to adapt to")
-        if step_size is not None and not 0.0 < step_size < math.inf:
-            raise ValueError(f"step_size must be positive and finite, got {step_size}")
         can = kernel is not ula and persistent and start == "base"
         if weighted and not can:
             raise ValueError(
@@ -147,9 +158,16 @@ class Contrastive:
         chains, moved = self._advance(d, x)
         if chains.log_weight is not None:  # the first group feeds the gradient
             share = torch.softmax(chains.log_weight[:, 0], 0)
-            surrogate = (share * -d.potential(moved.x[:, 0])).sum(0)
+            potential = d.potential(moved.x[:, 0])  # perhaps infinite where there is no weight
+            surrogate = -(share * torch.where(share > 0, potential, 0.0)).sum(0)
             parts = _estimate(chains)
             return parts._replace(value=parts.value + surrogate - surrogate.detach())
+        if because := needs_all_values():
+            raise UnnormalizedError(
+                f"{scoring()[0]}: {because} needs the value of log Z, and these chains of "
+                "Contrastive are not weighted: take persistent chains of an exact kernel from a "
+                "normalised base, another method, or a reparametrised guide"
+            )
         if not torch.is_grad_enabled():
             warnings.warn(
                 "Contrastive has no value of log Z here (chains are not weighted): the number is "
@@ -182,11 +200,14 @@ class Contrastive:
             store = self._store(negatives, rows, data)
             begin = take(store, rows.places, rows.axis)
             begin = negatives.restart(begin, begin.age < 0, data)
-        chains, self.moved = negatives.step(begin, x=data)
+        chains, moved = negatives.step(begin, x=data)
         if (chains.energy == -torch.inf).any():
             raise ValueError("energy must not be minus infinity, which is no density")
         self.chains = chains if rows is None else _put_back(store, chains, rows)
-        return chains, self.moved
+        self.moved = moved
+        if rows is None and x is not None:
+            self._x = x.detach()
+        return chains, moved
 
     def _negatives(self, d: GibbsBoltzmann) -> Negatives:
         """Say how chains move: at the first evaluation, longer."""
@@ -214,28 +235,25 @@ class Contrastive:
 
     def _go_on(self, negatives: Negatives, x: Tensor | None, data: Tensor | None) -> Chains:
         """Return the chains of the last evaluation, unless they are to start anew."""
-        old = self.chains
-        if not self.persistent or old is None or old.age.shape[1:] != negatives.d.batch_shape:
+        old, d = self.chains, negatives.d
+        if not self.persistent or old is None:
             return self._fresh(negatives, data)
-        if self._same_points(negatives.d, x):
+        batch = d.batch_shape[1:] if self.weighted else d.batch_shape
+        # One observed point for each element of the batch, as of a conditional energy.
+        own = x is not None and batch.numel() != 1 and x.shape == batch + d.event_shape
+        same = not own or self._x is None or torch.equal(self._x, x)
+        if same and old.age.shape[1:] == d.batch_shape:
             unseen = old.age < 0  # rows that no plate has drawn yet
             return negatives.restart(old, unseen, data) if unseen.any() else old
-        warnings.warn(
-            "Contrastive cannot tell to which rows of the data its chains belong, and starts them "
-            "anew: take mini-batches for a conditional energy by one pyro.plate(..., "
-            "subsample_size=...), and make the distribution inside it",
-            UserWarning,
-            stacklevel=6,
-        )
+        if own:
+            warnings.warn(
+                "Contrastive cannot tell to which rows of the data its chains belong, and starts "
+                "them anew: take mini-batches for a conditional energy by one pyro.plate(..., "
+                "subsample_size=...), and make the distribution inside it",
+                UserWarning,
+                stacklevel=6,
+            )
         return self._fresh(negatives, data)
-
-    def _same_points(self, d: GibbsBoltzmann, x: Tensor | None) -> bool:
-        """Whether the points, one for each element of a batch, are those seen last."""
-        batch = d.batch_shape[1:] if self.weighted else d.batch_shape
-        if x is None or batch.numel() == 1 or x.shape != batch + d.event_shape:
-            return True
-        last, self._x = self._x, x.detach()
-        return last is None or torch.equal(last, self._x)
 
     def _rows(self, d: GibbsBoltzmann) -> _Rows | None:
         """Find the rows of the data that the batch is of, if one plate has drawn them."""
@@ -291,10 +309,10 @@ def _estimate(chains: Chains) -> LogPartition:
 
 
 def _put_back(store: Chains, chains: Chains, rows: _Rows) -> Chains:
-    """Put the chains of some rows into the store; all rows share one step."""
+    """Put the chains of some rows into the store; rows not seen yet take their mean step."""
     new = put(store, chains, rows.places, rows.axis)
-    step = chains.log_step.mean(rows.axis - 1, keepdim=True)
-    return new._replace(log_step=step.expand_as(new.log_step).clone())
+    mean = chains.log_step.mean(rows.axis - 1, keepdim=True)
+    return new._replace(log_step=torch.where(new.age[0] < 0, mean, new.log_step))
 
 
 def _rows_of(d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
@@ -304,13 +322,3 @@ def _rows_of(d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
     shape = torch.broadcast_shapes(x.shape[: x.dim() - d.event_dim], d.batch_shape)
     x = x.detach().expand(*shape, *d.event_shape)
     return x.reshape(-1, *d.batch_shape, *d.event_shape)
-
-
-def _check_options(num_chains: int, num_steps: int, start: str, restart: float) -> None:
-    for name, count in (("num_chains", num_chains), ("num_steps", num_steps)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if start not in ("base", "data"):
-        raise ValueError(f"start must be 'base' or 'data', got {start!r}")
-    if not 0.0 <= restart < 1.0:
-        raise ValueError(f"restart must be in [0, 1), got {restart}")
