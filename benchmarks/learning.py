@@ -26,6 +26,7 @@ PARTS = {
     "plane": "densities in the plane",
     "ising": "couplings of Ising models",
     "noise": "the variance of noise contrast; energy discrepancy",
+    "discrete": "kernels on finite supports",
     "cost": "what a contrastive step costs",
 }
 LIBRARIES = ("torch", "pyro-ppl", "scikit-learn", "rbms", "torchebm", "ebmkit")

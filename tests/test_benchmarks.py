@@ -91,7 +91,7 @@ def test_a_density_of_the_benchmark_is_that_of_its_draws(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["learning_plane", "learning_cost"])
+@pytest.mark.parametrize("part", ["learning_plane", "learning_cost", "learning_discrete"])
 def test_a_part_of_the_learning_benchmarks_runs(part):
     rows = importlib.import_module(f"benchmarks.{part}").run(True)
     assert rows
