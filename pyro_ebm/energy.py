@@ -213,21 +213,18 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the energies carry no graph to the points.
     """
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        return _value_and_grad(energy, x)
-    with differentiable():
-        return _value_and_grad(energy, x)
-
-
-def _value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    value = energy(x)
-    if not value.requires_grad:
-        raise ValueError(
-            f"{describe(energy)} must depend differentiably on its points, got a value "
-            "without a graph (detached, or constant)"
-        )
-    (grad,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return value_and_grad(energy, x)
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        value = energy(x)
+        if not value.requires_grad:
+            raise ValueError(
+                f"{describe(energy)} must depend differentiably on its points, got a value "
+                "without a graph (detached, or constant)"
+            )
+        (grad,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
     return value.detach(), torch.zeros_like(x) if grad is None else grad
 
 

@@ -120,7 +120,7 @@ def accept(log_ratio: Tensor, invalid: Tensor, u: Tensor | None = None) -> tuple
 
     What is ``invalid``, and a ratio that is NaN, is rejected. ``u`` are uniform random numbers.
     """
-    accept_prob = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).masked_fill(invalid, 0.0)
+    accept_prob = log_ratio.clamp(max=0.0).exp_().nan_to_num_(0.0).masked_fill_(invalid, 0.0)
     return accept_prob, (torch.rand_like(accept_prob) if u is None else u) < accept_prob
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.energy import Energy
+from pyro_ebm.energy import Energy, value_and_grad
 from pyro_ebm.kernels.base import (
     Kernel,
     MoveInfo,
@@ -54,19 +54,24 @@ class PhaseState(NamedTuple):
 
 
 def _per_chain(value: float | Tensor, energy: Tensor) -> Tensor:
-    """Return a number, or one per chain, as one per chain."""
-    return torch.as_tensor(value, dtype=energy.dtype, device=energy.device).expand(energy.shape)
+    """Return a number as such, which broadcasts fastest, or else one per chain."""
+    value = torch.as_tensor(value, dtype=energy.dtype, device=energy.device)
+    return value.expand(energy.shape) if value.dim() else value
 
 
 def _propose(energy: Energy, state: State, wide: Tensor, sigma: Tensor, noise: Tensor) -> State:
-    """Return the Euler step of the Langevin equation; ``wide`` are steps per component."""
-    drifted = torch.addcmul(state.position, wide, state.grad, value=-1.0)
-    return start(energy, drifted.addcmul_(sigma, noise))
+    """Return the Euler step of the Langevin equation; ``wide`` are steps per component.
+
+    Gradients at walls are not set to zero, as by :func:`start`: no chain moves there.
+    """
+    x = torch.addcmul(state.position, wide, state.grad, value=-1.0).addcmul_(sigma, noise)
+    value, grad = value_and_grad(energy, x)
+    return State(x, value, grad.nan_to_num(0.0, 0.0, 0.0))
 
 
 def _clipped(state: State, size: Tensor, max_drift: float) -> State:
     """Shorten gradients whose drift, ``size`` times their norm, is longer than ``max_drift``."""
-    norm = sum_event(state.grad.square(), size).sqrt()
+    norm = sum_event(state.grad.square(), state.energy).sqrt()
     factor = (max_drift / (size * norm)).clamp(max=1.0)
     return state._replace(grad=state.grad * expand_like(factor, state.grad))
 
@@ -120,9 +125,11 @@ def ula(
         check_positive("max_drift", max_drift)
 
     def step(state: State) -> tuple[State, LangevinInfo]:
-        size = _per_chain(step_size, state.energy)
-        sigma = (2 * size).sqrt() if noise_scale is None else _per_chain(noise_scale, size)
-        temperature = torch.ones_like(size) if noise_scale is None else sigma**2 / (2 * size)
+        like = state.energy
+        size = _per_chain(step_size, like)
+        sigma = (2 * size).sqrt() if noise_scale is None else _per_chain(noise_scale, like)
+        own = torch.ones_like(size) if noise_scale is None else sigma**2 / (2 * size)
+        temperature = own.expand(like.shape)
         wide, sigma = expand_like(size, state.position), expand_like(sigma, state.position)
         drift = state if max_drift is None else _clipped(state, size, max_drift)
         new = _propose(energy, drift, wide, sigma, torch.randn_like(state.position))
