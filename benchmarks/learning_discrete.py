@@ -284,7 +284,7 @@ def ising_rows(size, temperature, budget):
     torch.manual_seed(0)
     energy = Torus(size, temperature, [0])
     kernel = energy.block_kernel()
-    state = kernel.init(torch.randint(2, (CHAINS, size**2)).float())
+    state = kernel.init(torch.randint(2, (CHAINS, size**2)).to(torch.get_default_dtype()))
     for _ in range(int(300 * budget)):
         state, _ = kernel.step(state)
 
@@ -300,7 +300,7 @@ def ising_rows(size, temperature, budget):
 def learned(num_steps):
     """Return a machine that has learned digits by persistent chains, and the chains."""
     datasets = importlib.import_module("sklearn.datasets")
-    x = (torch.tensor(datasets.load_digits().data).float() > 7).float()
+    x = (torch.tensor(datasets.load_digits().data) > 7).to(torch.get_default_dtype())
     rbm = RBM(VISIBLE, HIDDEN)
     with torch.no_grad():
         rbm.visible_bias.copy_(x.mean(0).clamp(0.01, 0.99).logit())
@@ -341,7 +341,7 @@ def sweep_rows(quick):
 def sweeps(shape, chains, rounds, num):
     torch.manual_seed(0)
     rbm = RBM(*shape, scale=0.1).requires_grad_(False)
-    v = torch.randint(2, (chains, shape[0])).float()
+    v = torch.randint(2, (chains, shape[0])).to(rbm.weight)
     x = torch.cat([v, rbm.sample_hidden(v)], -1)
     makers = {
         "ours, visible units": partial(Ours, block_kernel(rbm, rbm)),
