@@ -152,8 +152,8 @@ def noise_of(scale):
     def plant(patch):
         right = langevin._propose
 
-        def propose(energy, state, step, _):
-            return right(energy, state, step, scale * (2 * step) ** 0.5)
+        def propose(energy, state, wide, sigma, noise):
+            return right(energy, state, wide, sigma, noise.mul_(scale))
 
         patch(langevin, "_propose", propose)
 
