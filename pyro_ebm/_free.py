@@ -26,6 +26,8 @@ MakeKernel = Callable[..., Kernel]
 class Free:
     """Unconstrained coordinates; on finite supports the components, or the places of the ones.
 
+    A kernel that is given moves one-hot points themselves.
+
     Args:
         d: The distribution on whose support points are.
         kernel: Makes a kernel of a potential, on continuous supports also of a step; by default
@@ -40,7 +42,7 @@ class Free:
             self.shape = torch.Size(self.transform.inverse_shape(d.event_shape))
             return
         values = values_of(d.support)
-        self.one_hot = values is None
+        self.one_hot = values is None and kernel is None
         values = torch.arange(d.event_shape[-1]) if values is None else values
         like = d.floating()
         self.values = values.to(like) if values.is_floating_point() else values.to(like.device)

@@ -147,9 +147,12 @@ class Negatives:
             check_positive("step_size", step_size)
         elif kernel is ula:
             raise ValueError("step_size must be given for ula, which has no rate to adapt to")
+        # Elements of a batch that differ in nothing, as groups, are chains like any others.
+        origin = target._origin or target
+        self._law = target if origin.batch_shape else origin
         self.d, self.num_steps, self.restart_prob = target, num_steps, restart
         self.step_size, self.weighted, self.num_recent = step_size, weighted, num_recent
-        self.free = Free(target, kernel)
+        self.free = Free(self._law, kernel)
         if self.free.finite and kernel in (mala, ula):
             raise ValueError(
                 f"kernel must be one for the finite support {target.support}, as gibbs, got "
@@ -177,11 +180,16 @@ class Negatives:
                 then ``energy(x, label)``.
 
         Raises:
-            ValueError: If weighted chains are to start at points, or to have labels.
+            ValueError: If weighted chains are to start at points, or to have labels; if there
+                are none, or points have another shape or lie outside the support.
         """
-        if self.weighted and not (isinstance(start, int) and label is None):
+        if self.weighted and (isinstance(start, Tensor) or label is not None):
             raise ValueError("weighted chains must start at the base, without label")
         d = self.d
+        if isinstance(start, Tensor):
+            _check_points(d, start)
+        else:
+            check_count("start", start, 1)
         with torch.inference_mode(False), torch.no_grad():
             x = d.base.sample(torch.Size((start,))) if isinstance(start, int) else start.detach()
             z = self.free.encode(x)
@@ -204,7 +212,7 @@ class Negatives:
 
     def _base_energy(self, z: Tensor) -> Tensor:
         """Return the potential of the base's law, in free coordinates."""
-        return self.free.pull(lambda x: -self.d._measure.log_prob(x))(z) + self._volume
+        return self.free.pull(lambda x: -self._law._measure.log_prob(x))(z) + self._volume
 
     def restart(
         self, chains: Chains, pick: Tensor, x: Tensor | None = None, label: Tensor | None = None
@@ -258,12 +266,14 @@ class Negatives:
             All chains, and the negatives: those that have moved.
 
         Raises:
-            ValueError: If only some weighted chains are to move, the step of a kernel that
-                accepts all moves is not given, or weights are asked of such a kernel.
+            ValueError: If only some weighted chains are to move, more than there are, or none;
+                if the step of a kernel that accepts all moves is not given, or weights are asked
+                of such a kernel.
         """
         if slots is not None and self.weighted:
             raise ValueError("weighted chains must all move, got slots")
         if isinstance(slots, int):
+            check_count("slots", slots, 1, len(chains.age))
             slots = torch.randperm(len(chains.age), device=chains.age.device)[:slots]
         part = chains if slots is None else take(chains, slots)
         d = self.d
@@ -283,7 +293,7 @@ class Negatives:
 
     def _potential(self, chains: Chains) -> Energy:
         """Return the potential of flat chains ``(C, *free)``, without checks."""
-        d, label = self.d, chains.label
+        d, label = self._law, chains.label
         beta = None if isinstance(d.beta, float) and d.beta == 1.0 else d.beta
         measure = None if isinstance(d.base, Flat) else d._measure
 
@@ -293,7 +303,7 @@ class Negatives:
             return value if measure is None else value - measure.log_prob(x)
 
         pulled, shape, free = self.free.pull(potential), chains.age.shape, self.free.shape
-        if len(shape) == 1:
+        if len(shape) == 1 or not (d.batch_shape or label is not None):
             return pulled
 
         def flat(z: Tensor) -> Tensor:
@@ -397,6 +407,15 @@ class Negatives:
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], state["position"].device)
         return Chains(**{name: state[name] for name in Chains._fields})
+
+
+def _check_points(d: GibbsBoltzmann, x: Tensor) -> None:
+    """Refuse points at which no chain can start; on an accelerator they are not looked at."""
+    if not len(x) or x.shape[1:] != d.batch_shape + d.event_shape:
+        shape = tuple(d.batch_shape + d.event_shape)
+        raise ValueError(f"points must be some of shape {shape}, got {tuple(x.shape)}")
+    if x.device.type == "cpu" and not bool(d.support.check(x).all()):
+        raise ValueError(f"points must lie in the support {d.support}, got some outside")
 
 
 def spread(num_rows: int, n: int, device: torch.device) -> Tensor:

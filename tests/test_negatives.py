@@ -11,7 +11,18 @@ from torch import nn
 
 import pyro_ebm as ebm
 from pyro_ebm import checkpoint
-from pyro_ebm.kernels import gibbs, hmc, mala, nuts, ula, underdamped
+from pyro_ebm.kernels import (
+    augmented,
+    discrete_mala,
+    gibbs,
+    gibbs_with_gradients,
+    hmc,
+    mala,
+    metropolis_flips,
+    nuts,
+    ula,
+    underdamped,
+)
 from pyro_ebm.negatives import split_r_hat
 from tests.common import EXACT, FAR, NUMERIC
 
@@ -123,9 +134,22 @@ SUPPORTS = {
 }
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("base", "flat"), SUPPORTS.values(), ids=SUPPORTS)
-def test_finite_supports_are_swept(base, flat, weighted):
+VALUES = {"bits": [0.0, 1.0], "integers": [0, 1, 2], "one-hot": torch.eye(4).tolist()}
+SWEEPS = {
+    "default": None,
+    "gibbs": gibbs,
+    "flips": metropolis_flips,
+    "gradients": gibbs_with_gradients,
+    "discrete_mala": lambda u, values: discrete_mala(u, values, 0.5),
+}
+
+
+@pytest.mark.parametrize(("name", "weighted"), [("default", False), *((n, True) for n in SWEEPS)])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_finite_supports_are_swept(support, name, weighted):
+    base, flat = SUPPORTS[support]
+    values, sweep = torch.tensor(VALUES[support]), SWEEPS[name]
+    kernel = None if sweep is None else lambda u: sweep(u, values)
     base = ebm.Flat(base.event_shape, base.support)  # of the type of the test
     num = flat(base.sample((1,))).shape[-1]
     field, coupling = torch.randn(num), 0.5 * torch.randn(num, num)
@@ -134,7 +158,7 @@ def test_finite_supports_are_swept(base, flat, weighted):
         y = flat(x).to(field)
         return (y * (field + y @ coupling)).sum(-1)
 
-    negatives = ebm.Negatives(energy, base, num_steps=20, weighted=weighted)
+    negatives = ebm.Negatives(energy, base, kernel, num_steps=20, weighted=weighted)
     chains, moved = negatives.step(negatives.init(4000))
     d = ebm.GibbsBoltzmann(energy, base)
     states = d.enumerate_support()
@@ -143,6 +167,23 @@ def test_finite_supports_are_swept(base, flat, weighted):
     got, want = share @ flat(moved.x).to(field), truth @ flat(states).to(field)
     error = (share.square().sum() * (truth @ flat(states).to(field).square() - want**2)).sqrt()
     assert ((got - want).abs() < FAR * error).all()
+
+
+def test_an_rbm_moves_by_blocks():
+    rbm = ebm.zoo.RBM(4, 3)
+    with torch.no_grad():
+        rbm.weight.copy_(torch.randn_like(rbm.weight))
+
+    def blocks(u):
+        return augmented(u, rbm.sample_hidden, rbm.sample_visible)
+
+    base = ebm.Flat((4,), constraints.boolean)
+    negatives = ebm.Negatives(rbm, base, blocks, num_steps=20)
+    _, moved = negatives.step(negatives.init(4000))
+    states = ebm.GibbsBoltzmann(rbm, base).enumerate_support()
+    truth = torch.softmax(-rbm(states), 0) @ states
+    error = (truth * (1 - truth) / 4000).sqrt()
+    assert ((moved.x.mean(0) - truth).abs() < FAR * error).all()
 
 
 def test_a_batch_of_distributions_has_chains_each():
@@ -463,6 +504,27 @@ WRONG = {
         lambda: steps(ebm.Negatives(Precision(), LINE, weighted=True), 2),
         ValueError,
         "must all move",
+    ),
+    "no chains": (lambda: ebm.Negatives(around, LINE).init(0), ValueError, "start must be a whol"),
+    "no points": (
+        lambda: ebm.Negatives(around, LINE).init(torch.zeros(0, 1)),
+        ValueError,
+        r"points must be some of shape \(1,\), got \(0, 1\)",
+    ),
+    "points of another shape": (
+        lambda: ebm.Negatives(around, LINE).init(torch.zeros(3, 2)),
+        ValueError,
+        r"points must be some of shape \(1,\), got \(3, 2\)",
+    ),
+    "points outside": (
+        lambda: ebm.Negatives(around, BITS).init(torch.full((3, 2), 0.5)),
+        ValueError,
+        "must lie in the support",
+    ),
+    "more slots than chains": (
+        lambda: steps(ebm.Negatives(Precision(), LINE), 5),
+        ValueError,
+        "slots must be a whole number from 1 to 4, got 5",
     ),
     "mala of bits": (lambda: ebm.Negatives(around, BITS, mala), ValueError, "finite support"),
 }

@@ -148,6 +148,35 @@ def test_negatives_from_data_at_the_truth_have_no_gradient_against_data():
     assert p_value([contrast(0.3) for _ in range(25)], zero) < FALSE_ALARM
 
 
+def test_groups_of_chains_are_one_batch_to_the_energy():
+    """Convolutions and batch norm take one dimension of points."""
+    base, shapes = dist.Normal(torch.zeros(3), 1.0).to_event(1), set()
+
+    def energy(x):
+        shapes.add(x.dim())
+        return x.square().sum(-1)
+
+    Contrastive(num_chains=10, num_steps=2).log_z(ebm.GibbsBoltzmann(energy, base))
+    assert shapes == {2}
+
+
+def test_chains_at_walls_weigh_nothing():
+    """Chains that never leave their wall, of infinite energy, take no part in the gradient."""
+    k = nn.Parameter(torch.tensor(0.1))
+
+    def energy(x):
+        return torch.where(x > -1.5, k * x, torch.inf)
+
+    d = ebm.GibbsBoltzmann(energy, dist.Normal(0.0, 1.0), validate_args=False)
+    method = Contrastive(num_chains=4000, step_size=1e-12, num_steps=1)
+    value = method.log_z(d)
+    assert method.chains.log_weight.isinf().any()
+    exact = Quadrature(-1.5 + 1e-12, 9.0, 200).log_z(d)
+    assert abs(value - exact) < 0.05  # 2,000 weights that are nought or about one: .006
+    slopes = [torch.autograd.grad(v, k)[0] for v in (value, exact)]
+    assert abs(slopes[0] - slopes[1]) < 0.1  # sd 0.9 over the root of 2,000 is .02
+
+
 def test_chains_from_data_start_at_each_row_of_the_step():
     x = torch.linspace(-1.0, 1.0, 30)
     d = ebm.GibbsBoltzmann(Well(), dist.Normal(0.0, 1.5))
@@ -585,6 +614,25 @@ def test_the_other_sites_enter_by_their_elbo():
     m = x.square().sum()
     mode = (50 - 2 + ((50 - 2) ** 2 + 8 * m).sqrt()) / (2 * m)
     torch.testing.assert_close(guide.median()["k"], mode, rtol=1e-3, atol=0)
+
+
+def test_a_mean_over_all_points_refuses_masks_and_enumeration():
+    x = torch.randn(12, 2)
+
+    def masked():
+        with pyro.poutine.mask(mask=torch.arange(12) < 6):
+            plain(Quadratic(), x)
+
+    def enumerated():
+        with pyro.plate("n", 12):
+            z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            law = ebm.GibbsBoltzmann(lambda x: (1 + z) * x.square().sum(-1), ebm.Flat((2,)))
+            pyro.sample("x", law, obs=x)
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    for model in (masked, enumerated):
+        with pytest.raises(NotImplementedError, match="site 'x': a loss is one mean"):
+            EnergyLoss(score_matching, elbo=elbo)(model, lambda: None)
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, ELBOS["TraceEnum"], TraceMeanField_ELBO])

@@ -50,6 +50,11 @@ class _Scoring(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         chosen = self.sites is None or msg["name"] in self.sites
         if chosen and msg["is_observed"] and isinstance(msg["fn"], GibbsBoltzmann):
+            if isinstance(msg["mask"], Tensor) or msg["fn"]._enumerated:
+                raise NotImplementedError(
+                    f"site {msg['name']!r}: a loss is one mean over all points, which cannot "
+                    "leave out masked ones or tell enumerated latents apart"
+                )
             msg["fn"] = _Scored(msg["fn"], self.loss)
             self.seen.add(msg["name"])
 
@@ -64,7 +69,8 @@ class EnergyLoss:
     of :mod:`pyro_ebm.losses`, stands for minus the mean log-density of its :math:`N_s` points;
     its potential has the parameters and latents of this trace. Such losses need no log Z, so that
     no ``log_partition`` is asked for there. The other sites, and the guide, enter by their ELBO.
-    Plates that subsample scale the loss: the gradient is right on average.
+    Plates that subsample scale the loss: the gradient is right on average. Masks, and latents
+    that are enumerated, are refused.
 
     Args:
         loss: Maps a potential and the observed points ``(*batch, *event)`` to a scalar, a mean

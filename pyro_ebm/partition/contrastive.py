@@ -241,7 +241,7 @@ class Contrastive:
         batch = d.batch_shape[1:] if self.weighted else d.batch_shape
         # One observed point for each element of the batch, as of a conditional energy.
         own = x is not None and batch.numel() != 1 and x.shape == batch + d.event_shape
-        same = not own or self._x is None or torch.equal(self._x, x)
+        same = x is None or not own or self._x is None or torch.equal(self._x, x)
         if same and old.age.shape[1:] == d.batch_shape:
             unseen = old.age < 0  # rows that no plate has drawn yet
             return negatives.restart(old, unseen, data) if unseen.any() else old
