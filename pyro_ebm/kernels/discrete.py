@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,72 +226,54 @@ def _check(
 
     .. math:: U(x') - U(x) = \sum_{i \in B} \log \frac{p(x_i \mid x_{-B})}{p(x'_i \mid x_{-B})}
 
-    for any change of a block B to values that are possible.
+    for any change of a block B, or of a part of it, to values that are possible.
 
     Raises:
         ValueError: If a block breaks it; names the block and a component.
     """
     dim, places = layout
-    flat = flat_sites(state.position, values, dim)
     for b, place in enumerate(places):
+        at = numbers_of(place).to(state.position.device)
         logits = rule(state.position, b, place, dim)
-        if logits.dim() == dim + 1:
-            logits = torch.stack([torch.zeros_like(logits), logits], -1)
-        log_prob = logits.log_softmax(-1)
-        possible = log_prob > -torch.inf
-        new = draw(torch.where(possible.any(-1, keepdim=True), possible, True).to(log_prob))
-        old = codes_of(take(flat, place, dim), values)
-        gain = (_pick(log_prob, old) - _pick(log_prob, new)).reshape(*state.energy.shape, -1)
-        trial = _Trial(energy, state, flat, place, values[new].to(flat))
-        if trial.differs(dim, gain):
-            raise ValueError(trial.blame(dim, b, gain))
-
-
-class _Trial(NamedTuple):
-    """A change of the components at a place to ``new`` ones."""
-
-    energy: Energy
-    state: PointState
-    flat: Tensor
-    place: Place
-    new: Tensor
-
-    def differs(self, dim: int, gain: Tensor) -> bool:
-        """Whether the energy changes by something else than the gain, summed over components."""
-        changed = self.flat.clone()
-        put(changed, self.place, dim, self.new)
-        before, gain = self.state.energy, gain.sum(-1)
-        change = self.energy(changed.reshape(self.state.position.shape)) - before
-        error = ROUNDING * torch.finfo(gain.dtype).eps * (1.0 + before.abs() + gain.abs())
-        known = before.isfinite() & gain.isfinite()
-        return bool((known & ~((change - gain).abs() <= error)).any())
-
-    def blame(self, dim: int, b: int, gain: Tensor) -> str:
-        """Say which component is at fault."""
-        at = numbers_of(self.place)
-
-        def part(start: int, stop: int) -> bool:
-            some = self._replace(
-                place=at[start:stop], new=self.new.narrow(dim, start, stop - start)
+        differs = _difference(energy, values, logits, state, at)
+        if not differs(slice(None)):
+            continue
+        last = next((i for i in range(len(at)) if differs(slice(i + 1))), len(at) - 1)
+        if differs(slice(last, last + 1)):
+            raise ValueError(
+                f"conditionals must be those of {describe(energy)}, but blocks[{b}] has others at "
+                f"component {int(at[last])} (where they are 'affine', the energy must be so in "
+                "each component)"
             )
-            return some.differs(dim, gain[..., start:stop])
-
-        for i in range(len(at)):
-            if part(i, i + 1):
-                return (
-                    f"conditionals must be those of {describe(self.energy)}, but blocks[{b}] has "
-                    f"others at component {int(at[i])} (where they are 'affine', the energy must "
-                    "be so in each component)"
-                )
-        last = next((i for i in range(len(at)) if part(0, i + 1)), len(at) - 1)
-        return (
+        raise ValueError(
             f"blocks[{b}] must hold components that are independent given all others, but "
             f"component {int(at[last])} depends on an earlier one of the block"
         )
 
 
-def _pick(table: Tensor, code: Tensor) -> Tensor:
-    return table.gather(-1, code.unsqueeze(-1)).squeeze(-1)
+def _difference(
+    energy: Energy, values: Tensor, logits: Tensor, state: PointState, at: Tensor
+) -> Callable[[slice], bool]:
+    """Draw a change of a block; say of its parts whether the energy changes as logits do."""
+    before, dim = state.energy, state.energy.dim()
+    flat = flat_sites(state.position, values, dim)
+    if logits.dim() == dim + 1:
+        logits = torch.stack([torch.zeros_like(logits), logits], -1)
+    log_prob = logits.log_softmax(-1)
+    possible = log_prob > -torch.inf
+    new = draw(torch.where(possible.any(-1, keepdim=True), possible, True).to(log_prob))
+    old = codes_of(flat.index_select(dim, at), values)
+    log_old, log_new = log_prob.gather(-1, torch.stack([old, new], -1)).unbind(-1)
+
+    def differs(part: slice) -> bool:
+        changed = flat.index_copy(dim, at[part], values[new[..., part]].to(flat))
+        change = energy(changed.reshape(state.position.shape)) - before
+        gain = (log_old - log_new)[..., part].sum(-1)
+        error = ROUNDING * torch.finfo(gain.dtype).eps * (1.0 + before.abs() + gain.abs())
+        known = before.isfinite() & gain.isfinite()
+        return bool((known & ~((change - gain).abs() <= error)).any())
+
+    return differs
 
 
 def colouring(coupling: Tensor) -> list[Tensor]:
