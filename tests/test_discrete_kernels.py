@@ -541,6 +541,23 @@ def test_latents_drawn_anew_leave_the_law_of_the_points():
     assert law_after(kernel, visible(rbm)) < FALSE_ALARM
 
 
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_latents_drawn_anew_keep_shapes_and_their_argument(batch):
+    rbm = machine()
+    energy = lambda v: torch.where(v[..., 0] > 0, torch.nan, rbm(v))
+    kernel = augmented(energy, rbm.sample_hidden, rbm.sample_visible)
+    state = kernel.init(torch.zeros(*batch, 7))
+    for _ in range(20):
+        before = state.position.clone()
+        new, info = kernel.step(state)
+        assert new.position.shape == (*batch, 7)
+        assert info.accept_prob.shape == info.accepted.shape == new.energy.shape == batch
+        assert not new.energy.requires_grad
+        assert torch.equal(info.invalid, new.position[..., 0] > 0)
+        assert torch.equal(before, state.position)
+        state = new
+
+
 def test_colouring_never_joins_what_is_coupled():
     coupling = numbers(30, 30, seed=4).where(numbers(30, 30, seed=5) > 1.2, 0.0)
     blocks = colouring(coupling)
