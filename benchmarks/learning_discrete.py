@@ -285,7 +285,7 @@ def ising_rows(size, temperature, budget):
     energy = Torus(size, temperature, [0])
     kernel = energy.block_kernel()
     state = kernel.init(torch.randint(2, (CHAINS, size**2)).to(torch.get_default_dtype()))
-    for _ in range(int(300 * budget)):
+    for _ in range(int(400 * budget)):
         state, _ = kernel.step(state)
 
     def statistics(x):
@@ -368,9 +368,9 @@ def timed(method, num):
 
 def run(quick):
     """Return all rows."""
-    near = () if quick else ising_rows(30, 2.4, 35.0)
-    far = ising_rows(*((8, 3.0, 0.2) if quick else (30, 3.0, 15.0)))
-    machine = machine_rows(*((100, 0.2) if quick else (4000, 8.0)))
+    near = () if quick else ising_rows(30, 2.4, 25.0)
+    far = ising_rows(*((8, 3.0, 0.2) if quick else (30, 3.0, 8.0)))
+    machine = machine_rows(*((100, 0.2) if quick else (4000, 5.0)))
     return [*near, *far, *machine, *sweep_rows(quick)]
 
 
