@@ -22,6 +22,7 @@ COLUMNS = {
     "still": "share of chains that did not move in an update",
     "refused": "share of chains from data that are still there",
     "radius": "of the negatives, in reaches of the data; sound: below 3",
+    "tails": "share of directions in which the energy grows too little for a normaliser",
     "bounded": "share of components at walls, beyond the data's",
     "stuck": "share of components that are equal in all chains",
     "drift": "of the energy in the second half of the moves, in sd",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +12,22 @@ from torch.linalg import vector_norm
 
 from pyro_ebm.energy import Energy, differentiable
 
+TAILS = 1e2, 1e3  # so many times the data's distance from their centre
 POWER_STEPS = 2  # a lower bound of the largest curvature, near enough to see a canyon
 Numbers = dict[str, Tensor]
 
 
 class Seen(NamedTuple):
-    """What a loop shows: parts of data and of negatives, all chains and the record of moves."""
+    """What a loop shows: parts of data and of negatives, all chains and the record of moves.
+
+    ``log_weight`` is that of the negatives, where they are weighted.
+    """
 
     x: tuple[Tensor, ...]
     negatives: tuple[Tensor, ...] | None
     chains: Tensor | None
     info: Any
+    log_weight: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any, negatives: Any, info: Any, state: Any) -> Seen:
@@ -29,19 +35,25 @@ class Seen(NamedTuple):
         if hasattr(negatives, "moved"):  # a Contrastive; its first group feeds the gradient
             group = negatives.weighted
             negatives = negatives.moved
-            negatives = negatives._replace(x=negatives.x[:, 0]) if group else negatives
+            if group:
+                first = {name: getattr(negatives, name)[:, 0] for name in ("x", "log_weight")}
+                negatives = negatives._replace(**first)
+        log_weight = None
         if hasattr(negatives, "accept_prob"):  # of ebm.Negatives
-            info = negatives if info is None else info
+            info, log_weight = negatives if info is None else info, negatives.log_weight
             negatives = negatives.x if negatives.label is None else (negatives.x, negatives.label)
         parts = None if negatives is None else _parts(negatives)
         chains = parts[0] if parts and state is None else getattr(state, "position", None)
-        return cls(_parts(x), parts, None if chains is None else chains.detach(), info)
+        chains = None if chains is None else chains.detach()
+        return cls(_parts(x), parts, chains, info, log_weight)
 
     def some(self, count: int) -> Seen:
         """Return the first points and chains."""
         few = [p and tuple(a[:count] for a in p) for p in (self.x, self.negatives)]
-        chains = None if self.chains is None else self.chains[:count]
-        return Seen(few[0] or (), few[1], chains, self.info)
+        chains, log_weight = (
+            None if part is None else part[:count] for part in (self.chains, self.log_weight)
+        )
+        return Seen(few[0] or (), few[1], chains, self.info, log_weight)
 
 
 def _parts(points: Any) -> tuple[Tensor, ...]:
@@ -72,13 +84,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
-def energies(whole: Tensor, plain: Tensor, num_data: int) -> Numbers:
+def energies(
+    whole: Tensor, plain: Tensor, num_data: int, log_weight: Tensor | None = None
+) -> Numbers:
     """Compare energies of data, which come first, and of negatives; ``plain``: without base."""
     found = {"spread": plain.std(correction=0)}
     for name, part in (("data", whole[:num_data]), ("negatives", whole[num_data:])):
         if len(part):
-            sd, found[f"energy_{name}"] = torch.std_mean(part, correction=0)
-            found[f"sd_{name}"] = sd
+            sd, mean = torch.std_mean(part, correction=0)
+            if name == "negatives" and log_weight is not None:
+                share = log_weight.softmax(0)
+                mean = (share * part).sum()
+                sd = (share * (part - mean).square()).sum().sqrt()
+            found |= {f"energy_{name}": mean, f"sd_{name}": sd}
     return found
 
 
@@ -124,25 +142,45 @@ def movement(data: Data, before: Tensor, now: Tensor) -> Numbers:
     return {"step": step.square().mean().sqrt(), "still": still.to(step.dtype).mean()}
 
 
-def moves(info: Any) -> Numbers:
+def moves(info: Any, sd_data: Tensor) -> Numbers:
     """Read records of moves: of one, of all in a list, or stacked by the loop."""
     infos = info if isinstance(info, list) else [info]
     found: Numbers = {}
-    for name, field in (("acceptance", "accept_prob"), ("temperature", "temperature")):
-        if hasattr(infos[-1], field):
-            found[name] = torch.stack([getattr(i, field) for i in infos]).mean()
-    last: Any = getattr(
-        infos[-1], "info", infos[-1]
-    )  # what Negatives has moved, with the kernel's
-    if last is not infos[-1] and hasattr(last, "temperature"):
-        found["temperature"] = last.temperature.mean()
-    path = torch.stack([i.energy for i in infos]) if len(infos) > 1 else last.energy
-    if path.dim() > 1 and len(path) > 3:
-        path = path.flatten(1)
-        sd, found["change"] = torch.std_mean(path[-1] - path[(len(path) - 1) // 2])
-        found["change_error"] = sd / path.shape[1] ** 0.5
-        found["sd_path"] = path[-1].std(correction=0)
+    of_kernel = [getattr(i, "info", i) for i in infos]  # that of ebm.Negatives has it inside
+    for name, field, records in (
+        ("acceptance", "accept_prob", infos),
+        ("temperature", "temperature", of_kernel),
+    ):
+        if hasattr(records[-1], field):
+            found[name] = torch.stack([getattr(i, field) for i in records]).mean()
+    ends = _ends(infos)
+    if ends is not None:
+        middle, end = (part.flatten() for part in ends)
+        sd, found["change"] = torch.std_mean(end - middle, correction=0)
+        found["change_error"] = sd / len(end) ** 0.5
+        # A few stray chains would widen their own scale.
+        found["sd_path"] = torch.minimum(end.std(correction=0), sd_data)
     return found
+
+
+def _ends(infos: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the energies of chains after half of the moves and after all, where known."""
+    last = infos[-1]
+    if hasattr(last, "halfway"):  # of ebm.Negatives
+        return last.halfway, last.info.energy
+    path = torch.stack([i.energy for i in infos]) if len(infos) > 1 else last.energy
+    return (path[(len(path) - 1) // 2], path[-1]) if path.dim() > 1 and len(path) > 3 else None
+
+
+def tails(potential: Energy, x: Tensor, data: Data) -> Tensor:
+    """Return the share of directions in which a density has no integral.
+
+    They are those of the data from their centre, of D components: far out, a potential must grow
+    by more than D log r.
+    """
+    away = (data.rows - data.centre).to(x).reshape(x.shape)
+    near, far = (potential(x + r * away) for r in TAILS)
+    return (far - near < data.rows.shape[1] * math.log(TAILS[1] / TAILS[0])).to(x.dtype).mean()
 
 
 def curvature(potential: Energy, x: Tensor, scale: Tensor, probe: Tensor) -> Numbers:

@@ -15,11 +15,15 @@ def find(history: History) -> dict[str, str]:
     The symptoms of what is found are left out: they would mislead. What a look has not measured
     is "".
     """
-    found = {kind: text for kind, rule in RULES.items() if (text := rule(history)) is not None}
-    hidden = {
-        symptom for kind, text in found.items() if text for symptom in SYMPTOMS.get(kind, ())
-    }
-    return {kind: text for kind, text in found.items() if kind not in hidden}
+    found: dict[str, str] = {}
+    hidden: set[str] = set()
+    for kind, rule in RULES.items():  # causes come first, and what is hidden hides nothing
+        text = None if kind in hidden else rule(history)
+        if text is not None:
+            found[kind] = text
+        if text:
+            hidden |= set(SYMPTOMS.get(kind, ()))
+    return found
 
 
 def _last(history: History, name: str, count: int = LOOKS) -> list[float]:
@@ -35,22 +39,21 @@ def _grows(values: Sequence[float], factor: float) -> bool:
 
 
 def _blow_up(history: History) -> str | None:
-    """Numbers that double from look to look, to where no sound run is."""
-    looks = zip(*(history[name][-3:] for name in SIZES), strict=True)
-    size = [max((abs(v) for v in look if v == v), default=0.0) for look in looks]
-    far = _last(history, "radius", 3)[0] > 3  # chains lost before it began are another kind
-    if _grows(size, 2.0) and size[-1] > 100 * (1 + history["dim"][-1] ** 0.5) and not far:
-        return (
-            f"energies grow exponentially: {_list(size)} at the last looks. Lower the learning "
-            "rate, clip gradients, or hold the energies down by losses.energy_l2 or spectral_norm"
-        )
-    gradient = _last(history, "gradient", 3)
-    alone = history["gap"][-1] != history["gap"][-1]  # without negatives
-    if alone and _grows(gradient, 2.0) and gradient[-1] > 100 * min(history["gradient"]):
-        return (
-            f"gradients grow exponentially: their norms are {_list(gradient)} at the last looks. "
-            "Lower the learning rate, or clip gradients"
-        )
+    """Energies of data, which stay where they are, far beyond those of any sound run.
+
+    Those of negatives grow also where these run away, which is another kind.
+    """
+    dim = history["dim"][-1]
+    for name, most in (("sd_data", 100 * (1 + dim**0.5)), ("energy_data", 100 * (1 + dim))):
+        size = [abs(value) for value in history[name]]
+        lasts = min(size[-LOOKS:]) > most or _grows(size[-3:], 2.0)
+        if lasts and size[-1] > max(most, 10 * min(size)):
+            what = "spread" if name == "sd_data" else "mean"
+            return (
+                f"energies blow up: their {what} over the data is {_list(size[-3:])} at the last "
+                f"looks, from {min(size):.3g}. Lower the learning rate, clip gradients, or hold "
+                "the energies down by losses.energy_l2 or spectral_norm"
+            )
     return None
 
 
@@ -74,7 +77,9 @@ def _frozen(history: History) -> str | None:
 
 
 def _saturated(history: History) -> str | None:
-    bounded, stuck = _last(history, "bounded", 2), _last(history, "stuck", 2)
+    bounded, stuck = _last(history, "bounded"), _last(history, "stuck")
+    if max(_last(history, "acceptance")) < 0.01:  # where they stand is not of their choice
+        return None
     if min(bounded) > 0.5:
         seen = f"{bounded[-1]:.0%} more of their components than of the data's are at the walls"
     elif min(stuck) > 0.9:
@@ -88,15 +93,23 @@ def _saturated(history: History) -> str | None:
 
 
 def _runaway(history: History) -> str | None:
+    """Negatives beyond the data, at lower energies: the mass of the model is out there."""
     radius, energy = _last(history, "radius", 3), _last(history, "energy_negatives", 3)
-    falls = energy[0] > energy[1] > energy[2]
+    falls, out = energy[0] > energy[1] > energy[2], f"at {radius[-1]:.3g} times the data's reach"
     if falls and _grows(radius, 1.1) and radius[-1] > 3:
-        return (
-            f"the energy has no normaliser: the negatives run away, to {radius[-1]:.3g} times the "
-            f"data's reach, while their energy falls: {_list(energy)}. Give it a proper base, or "
-            "a term that grows in all directions"
-        )
-    return None
+        seen = f"the negatives run away while their energy falls: {_list(energy)}, {out}"
+    elif min(_last(history, "radius")) > 3 and max(_last(history, "gap")) < -1:
+        below = -history["gap"][-1]
+        seen = f"the negatives are {out}, and their energies {below:.3g} sd below the data's"
+    else:
+        tails = max((v for v in history["tails"][-LOOKS:] if v == v), default=0.0)
+        if tails < 0.02:
+            return None
+        seen = f"in {tails:.0%} of the directions the energy grows less than D log r"
+    return (
+        f"the energy has no normaliser: {seen}. Give it a proper base, or a term that grows in "
+        "all directions"
+    )
 
 
 def _far(history: History) -> str | None:
@@ -134,6 +147,8 @@ def _gap(history: History) -> str | None:
 
 def _short(history: History) -> str | None:
     move, drift, error = (_last(history, n) for n in ("movement", "drift", "drift_error"))
+    if history["radius"][-1] > 3:  # one more look tells whether they are lost
+        return None
     if all(abs(d) > max(0.3, 5 * e) for d, e in zip(drift, error, strict=True)):
         seen = f"in the second half of their moves their energy changes by {drift[-1]:+.2g} sd"
     elif max(move) < 0.04:
@@ -217,30 +232,29 @@ def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{v:.3g}" for v in values)
 
 
-SIZES = ("energy_data", "energy_negatives", "sd_data", "sd_negatives")
 RULES: dict[str, Callable[[History], str | None]] = {
     "blow-up": _blow_up,
-    "frozen": _frozen,
+    "temperature": _temperature,
     "saturated": _saturated,
     "runaway": _runaway,
+    "frozen": _frozen,
     "flat": _flat,
     "far": _far,
-    "gap": _gap,
     "short": _short,
-    "temperature": _temperature,
+    "gap": _gap,
     "curvature": _curvature,
     "overfitting": _overfitting,
     "falling": _falling,
 }
-# What follows from a cause, and would mislead beside it.
+# What follows from a cause, and would mislead beside it; causes come first in RULES.
 SYMPTOMS = {
-    "blow-up": ("far", "frozen", "gap", "falling", "curvature"),
-    "frozen": ("short", "gap", "far", "saturated", "flat"),
-    "saturated": ("far", "gap", "short", "frozen"),
-    "runaway": ("blow-up", "far", "gap", "short", "falling"),
+    "blow-up": ("runaway", "saturated", "frozen", "far", "short", "gap", "curvature", "falling"),
+    "temperature": ("saturated", "short", "gap"),
+    "saturated": ("runaway", "frozen", "far", "short", "gap"),
+    "runaway": ("frozen", "far", "short", "gap", "falling"),
+    "frozen": ("flat", "far", "short", "gap"),
     "flat": ("short", "curvature"),
-    "far": ("gap", "short"),
+    "far": ("short", "gap"),
     "short": ("gap",),
-    "temperature": ("short", "gap", "saturated"),
     "overfitting": ("falling",),
 }

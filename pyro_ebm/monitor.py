@@ -21,6 +21,7 @@ from pyro_ebm._measure import (
     movement,
     moves,
     places,
+    tails,
     to_host,
 )
 from pyro_ebm._signs import find
@@ -156,6 +157,8 @@ class Monitor:
         self.every, self.slow, self.on_nan = every, slow, on_nan
         self._measure = None if base is None or isinstance(base, Flat) else unvalidated(base)
         self._walls = _walls(base)
+        # A flat base without walls leaves the normaliser to the energy.
+        self._open = isinstance(base, Flat) and self._walls == (None, None)
         self._parameters = dict(energy.named_parameters() if isinstance(energy, nn.Module) else ())
         self.step, self.skipped = 0, 0
         self.history: dict[str, list[float]] = {n: [] for n in ("step", "dim", *COLUMNS)}
@@ -243,22 +246,25 @@ class Monitor:
     @torch.no_grad()
     def _numbers(self, seen: Seen) -> Numbers:
         """Measure the points, the chains and their moves."""
-        x, negatives, now, info = seen
+        x, negatives, now, info, log_weight = seen
         if self._is_discrete is None:
             self._is_discrete = not x[0].is_floating_point() or bool((x[0] == x[0].round()).all())
         data = Data.of(x[0])
         found = data.numbers()
         with evaluating(self.energy):
-            found |= energies(*self._energies(x, negatives), len(x[0]))
+            found |= energies(*self._energies(x, negatives), len(x[0]), log_weight)
             if not self._is_discrete and len(self.history["step"]) % PACE == 0:
                 scale = (found["variance"] / data.rows.shape[1]).sqrt()
                 found |= self._curvature(x, scale)
+                if self._open:
+                    u = lambda first: self._energies((first, *x[1:]))[0]
+                    found["tails"] = tails(u, x[0], data)
         if negatives is not None:
             found |= places(data, negatives[0], None if self._is_discrete else self._walls)
         if now is not None and self._before is not None and now.shape == self._before.shape:
             found |= movement(data, self._before, now)
         if info is not None:
-            found |= moves(info)
+            found |= moves(info, found["sd_data"])
         if gradients := self._gradients():
             found["gradient"] = vector_norm(torch.stack([vector_norm(g) for g in gradients]))
         return found

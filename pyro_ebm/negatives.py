@@ -57,7 +57,8 @@ class Moved(NamedTuple):
 
     The points ``x`` ``(m, *batch, *event)``, their ``label``, and ``log_weight`` where chains
     are weighted; ``slots`` ``(m,)`` says which chains these are, None all. ``info`` is the
-    kernel's record of the last move, ``accept_prob`` ``(m, *batch)`` the mean over all moves.
+    kernel's record of the last move, ``accept_prob`` ``(m, *batch)`` the mean over all moves and
+    ``halfway`` ``(m, *batch)`` the energies after half of them.
     """
 
     x: Tensor
@@ -66,6 +67,7 @@ class Moved(NamedTuple):
     slots: Tensor | None
     info: Any
     accept_prob: Tensor
+    halfway: Tensor
 
 
 class Negatives:
@@ -286,9 +288,9 @@ class Negatives:
             if self.restart_prob:
                 pick = torch.rand(part.age.shape, device=part.age.device) < self.restart_prob
                 part = self.restart(part, pick, x, label)
-            part, info, rate = self._move(part)
+            part, *record = self._move(part)
             points = self.free.decode(part.position)
-            moved = Moved(points, part.label, part.log_weight, slots, info, rate)
+            moved = Moved(points, part.label, part.log_weight, slots, *record)
         return (part if slots is None else put(chains, part, slots)), moved
 
     def _potential(self, chains: Chains) -> Energy:
@@ -315,8 +317,8 @@ class Negatives:
     def _kernel(self, potential: Energy, log_step: Tensor, shape: torch.Size) -> Kernel:
         return self.free.kernel(potential, log_step.exp().expand(shape).reshape(-1))
 
-    def _move(self, chains: Chains) -> tuple[Chains, Any, Tensor]:
-        """Make all moves of a step; return also the last record and the mean acceptance."""
+    def _move(self, chains: Chains) -> tuple[Chains, Any, Tensor, Tensor]:
+        """Make all moves of a step; return also what :class:`Moved` records of them."""
         shape, potential = chains.age.shape, self._potential(chains)
         adapts = self.step_size is None and not self.free.finite
         log_step, done = chains.log_step, 0
@@ -326,10 +328,13 @@ class Negatives:
             state = state._replace(momentum=chains.momentum.reshape_as(state.position))
         if self.weighted:
             chains, state = self._reweigh(chains, state)
+        halfway = state.energy
         total = torch.zeros((), dtype=state.energy.dtype, device=state.energy.device)
         while done < self.num_steps:
             num = 1 if adapts and chains.num_moves + done < WARM_UP else self.num_steps - done
-            state, info, rate = _run(kernel, state, num)
+            left = (self.num_steps + 1) // 2 - done
+            state, info, rate, energy = _run(kernel, state, num, left)
+            halfway = energy if left > 0 else halfway
             self._check_exact(info)
             total, done = total + rate, done + num
             if adapts:
@@ -351,7 +356,8 @@ class Negatives:
             log_step=log_step,
             num_moves=chains.num_moves + done,
         )
-        return chains, _shaped(info, shape), (total / done).reshape(shape)
+        rate = (total / done).reshape(shape)
+        return chains, _shaped(info, shape), rate, halfway.reshape(shape)
 
     def _check_exact(self, info: Any) -> None:
         """Refuse what kernels cannot do that accept all moves, as ULA."""
@@ -449,14 +455,15 @@ def put(chains: Chains, part: Chains, index: Tensor, axis: int = 0) -> Chains:
     return part._replace(**parts)
 
 
-def _run(kernel: Kernel, state: Any, num: int) -> tuple[Any, Any, Tensor]:
-    """Make some moves; return also the last record and the sum of the acceptance rates."""
+def _run(kernel: Kernel, state: Any, num: int, at: int) -> tuple[Any, Any, Tensor, Tensor]:
+    """Make some moves; return the last record, the sum of the rates and energies at a move."""
     state, info = kernel.step(state)
-    rate = info.accept_prob
-    for _ in range(num - 1):
+    rate, energy = info.accept_prob, info.energy
+    for i in range(2, num + 1):
         state, info = kernel.step(state)
         rate = rate + info.accept_prob
-    return state, info, rate
+        energy = info.energy if i == at else energy
+    return state, info, rate, energy
 
 
 def _shaped(info: Any, shape: torch.Size) -> Any:

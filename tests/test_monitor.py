@@ -288,6 +288,69 @@ def test_records_of_moves_stacked_and_in_a_list_say_the_same():
     assert not math.isnan(monitor.history["drift"][0])
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("step_size", [0.1, None])
+def test_negatives_record_the_energies_halfway(num_steps, step_size):
+    # A chain that only counts: its energy is the number of its moves.
+    info = lambda e: kernels.MoveInfo(e, torch.ones_like(e), e > 0, e < 0)
+    count = kernels.Kernel(
+        lambda x: kernels.PointState(x, torch.zeros(len(x))),
+        lambda state: (state._replace(energy=state.energy + 1), info(state.energy + 1)),
+    )
+    sampler = ebm.Negatives(
+        gaussian, normal(), lambda u, eps: count, num_steps, step_size=step_size
+    )
+    chains = sampler.init(7)
+    for _ in range(70):  # past the moves in which the step is adapted
+        chains, moved = sampler.step(chains)
+    assert moved.halfway.tolist() == [(num_steps + 1) // 2] * 7
+    assert moved.info.energy.tolist() == [num_steps] * 7
+
+
+def test_the_drift_of_ebm_negatives_is_that_of_its_moves():
+    x = 0.5 * torch.randn(64, 2)
+    sampler = ebm.Negatives(gaussian, normal(), kernels.ula, 10, step_size=0.02)
+    _, moved = sampler.step(sampler.init(5.0 + torch.randn(64, 2)))
+    monitor = ebm.Monitor(gaussian)
+    monitor.update(x, moved)
+    change = (moved.info.energy - moved.halfway).mean()
+    sd = gaussian(x).std(correction=0)  # the smaller of both
+    torch.testing.assert_close(torch.tensor(monitor.history["drift"][0]), change / sd, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("energy", "share"),
+    [
+        (gaussian, 0.0),
+        (lambda x: 1.1 * x.square().sum(-1).log1p(), 0.0),
+        (lambda x: 0.9 * x.square().sum(-1).log1p(), 1.0),
+        (lambda x: x[..., 0], 0.5),
+    ],
+    ids=["Gaussian", "heavy tails", "too heavy", "a slope"],
+)
+def test_tails_without_an_integral_are_seen_in_two_dimensions(energy, share):
+    x = torch.randn(32, 2)
+    monitor = ebm.Monitor(energy, ebm.Flat((2,)))
+    assert watched(lambda: monitor.update(torch.cat([x, -x])))
+    assert monitor.history["tails"] == [share]
+    assert [w.kind for w in monitor.warnings] == ["runaway"] * (share > 0)
+
+
+def test_a_proper_base_or_walls_need_no_tails():
+    for base in (normal(), ebm.Flat((2,), constraints.unit_interval), None):
+        monitor = ebm.Monitor(lambda x: x[..., 0], base)
+        monitor.update(torch.rand(64, 2))
+        assert math.isnan(monitor.history["tails"][0])
+
+
+def test_what_is_hidden_hides_nothing():
+    from pyro_ebm._signs import RULES, SYMPTOMS
+
+    order = list(RULES)
+    for cause, symptoms in SYMPTOMS.items():
+        assert all(order.index(cause) < order.index(symptom) for symptom in symptoms)
+
+
 def test_the_temperature_of_the_tutorials_is_reported():
     # JEM's and the UvA tutorial's numbers: a step of 1 with noise of .01, and of 10 with .005.
     for step_size, noise, value in ((1.0, 0.01, "5e-05"), (10.0, 0.005, "1.25e-06")):
@@ -430,9 +493,17 @@ def test_it_watches_contrastive_under_svi(options):
         assert monitor.update(x, negatives, loss=loss)
     moved = negatives.moved.x[:64].reshape(64, -1, 2)[:, 0]
     with torch.no_grad():
-        expected = (energy(moved) - base.log_prob(moved)).mean()
+        values = energy(moved) - base.log_prob(moved)
+    weight = torch.full((64,), 1.0 / 64)
+    if negatives.weighted:
+        weight = negatives.moved.log_weight[:64, 0].softmax(0)
+    sd, expected = values.std(correction=0), (weight * values).sum()
+    if negatives.weighted:
+        assert abs(expected - values.mean()) > 1e-3, "or the weights would not be seen"
+        sd = (weight * (values - expected).square()).sum().sqrt()
     seen = {name: torch.tensor(values[-1]) for name, values in monitor.history.items()}
     torch.testing.assert_close(seen["energy_negatives"], expected, **EXACT)
+    torch.testing.assert_close(seen["sd_negatives"], sd, **EXACT)
     torch.testing.assert_close(seen["acceptance"], negatives.moved.accept_prob.mean(), **EXACT)
     assert seen["movement"] > 0.01
 
