@@ -229,13 +229,14 @@ def mala(energy: Energy, step_size: float | Tensor) -> Kernel:
     check_positive("step_size", step_size)
 
     def step(state: State) -> tuple[State, MoveInfo]:
-        wide = expand_like(_per_chain(step_size, state.energy), state.position)
-        sigma, noise = (2 * wide).sqrt(), torch.randn_like(state.position)
-        new = _propose(energy, state, wide, sigma, noise)
+        size, noise = _per_chain(step_size, state.energy), torch.randn_like(state.position)
+        sigma = (2 * size).sqrt()
+        wide = expand_like(sigma, noise)
+        new = _propose(energy, state, expand_like(size, noise), wide, noise)
         # It is a leapfrog step of length sigma: the noise is the momentum, this its change.
-        kick = (state.grad + new.grad).mul_(0.5 * sigma)
-        lost = torch.add(noise, kick, alpha=-0.5).mul_(kick)
-        return metropolis(state, new, sum_event(lost, state.energy))
+        kick = state.grad + new.grad  # times sigma / 2
+        lost = sum_event(noise.addcmul_(wide, kick, value=-0.25).mul_(kick), state.energy)
+        return metropolis(state, new, lost * (0.5 * sigma))
 
     return Kernel(functools.partial(start, energy), step)
 
