@@ -309,10 +309,11 @@ def _estimate(chains: Chains) -> LogPartition:
 
 
 def _put_back(store: Chains, chains: Chains, rows: _Rows) -> Chains:
-    """Put the chains of some rows into the store; rows not seen yet take their mean step."""
-    new = put(store, chains, rows.places, rows.axis)
-    mean = chains.log_step.mean(rows.axis - 1, keepdim=True)
-    return new._replace(log_step=torch.where(new.age[0] < 0, mean, new.log_step))
+    """Put the chains of some rows into the store; the others' steps follow the mean change."""
+    at = rows.axis - 1
+    change = chains.log_step - store.log_step.index_select(at, rows.places)
+    store = store._replace(log_step=store.log_step + change.mean(at, keepdim=True))
+    return put(store, chains, rows.places, rows.axis)
 
 
 def _rows_of(d: GibbsBoltzmann, x: Tensor | None) -> Tensor:
