@@ -7,7 +7,7 @@ import shutil
 import time
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -225,12 +225,18 @@ class Traced(Eager):
             return super()._step(metric, tables, tree, u)
 
 
-def frozen(function: Callable[..., Any], parts: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Trace a function of tensors down to their operations and let TorchScript interpret them."""
-    plain = tuple(p.detach().clone() for p in parts)
-    graph = make_fx(lambda *given: function(*given))(*plain)  # make_fx counts a method's self
+def operations(function: Callable[..., Any], parts: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """Trace a function of tensors down to their operations."""
+    graph = make_fx(lambda *given: function(*given))(*parts)  # make_fx counts a method's self
     if any("_linalg_check_errors" in str(node.target) for node in graph.graph.nodes):
         raise ValueError("a trace would not see that its linear algebra fails")
+    return graph
+
+
+def frozen(function: Callable[..., Any], parts: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """Trace a function of tensors and let TorchScript interpret its operations."""
+    plain = tuple(p.detach().clone() for p in parts)
+    graph = operations(function, plain)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and the only interpreter
         return torch.jit.freeze(torch.jit.trace(graph, plain, check_trace=False).eval())

@@ -32,7 +32,7 @@ LAYERS = [
     {"_free"},
     {"_mode", "_replicas"},
     {"_audit", "_engine", "_model_energy", "_potential", "adaptation", "factor_graph"},
-    {"_guide", "_path", "_search"},
+    {"_guide", "_path", "_search", "_traced"},
     {"_auxiliary", "_climb", "_ladder", "_rungs", "_starts", "minimize", "zoo"},
     {"negatives"},
     {"partition"},
