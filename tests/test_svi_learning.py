@@ -323,6 +323,15 @@ def test_chains_belong_to_the_rows_that_a_plate_draws():
             assert torch.equal(method.chains.age[..., rows], age)
 
 
+def test_rows_drawn_later_move_as_long_at_first_as_the_first():
+    x, y = regression(30)
+    method = Contrastive(num_chains=8, num_steps=3, weighted=False)
+    svi = SVI(conditional, lambda *_: None, Adam({"lr": 1e-9}), Trace_ELBO())
+    for _ in range(20):
+        svi.step(method, x, y, 10)
+    assert (method.chains.age >= 30).all()
+
+
 def test_rows_not_drawn_yet_start_when_all_are_asked_for():
     x, y = regression(30)
     method = Contrastive(num_chains=8, num_steps=3)

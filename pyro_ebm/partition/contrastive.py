@@ -53,7 +53,8 @@ class Contrastive:
             for a finite support, of the potential alone. By default
             :func:`~pyro_ebm.kernels.mala`, or sweeps of :func:`~pyro_ebm.kernels.gibbs`.
         num_chains: The number of chains; weighted ones are halved as above.
-        num_steps: The number of moves per evaluation.
+        num_steps: The number of moves per evaluation; ten times as many where unweighted
+            persistent chains start at the base.
         persistent: Whether chains go on from evaluation to evaluation.
         start: Where chains start: ``"base"`` or ``"data"``, the points observed at this
             evaluation, each used about equally often.
@@ -200,6 +201,8 @@ class Contrastive:
             store = self._store(negatives, rows, data)
             begin = take(store, rows.places, rows.axis)
             begin = negatives.restart(begin, begin.age < 0, data)
+        if self._is_far(begin):
+            negatives.num_steps *= 10
         chains, moved = negatives.step(begin, x=data)
         if (chains.energy == -torch.inf).any():
             raise ValueError("energy must not be minus infinity, which is no density")
@@ -210,19 +213,26 @@ class Contrastive:
         return chains, moved
 
     def _negatives(self, d: GibbsBoltzmann) -> Negatives:
-        """Say how chains move: at the first evaluation, longer."""
+        """Say how chains move."""
         volume = d.base.log_volume if isinstance(d.base, Flat) else 0.0
         self.weighted = self.weighted and math.isfinite(volume)  # else the base has no log Z
-        # Unweighted chains have no other way to reach the model before the first gradient.
-        far = self.chains is None and self.start == "base" and not self.weighted
         return Negatives(
             d.expand((2, *d.batch_shape)) if self.weighted else d,
             kernel=self.kernel,
-            num_steps=self.num_steps * (10 if far else 1),
+            num_steps=self.num_steps,
             step_size=self.step_size,
             restart=self.restart if self.persistent else 0.0,
             weighted=self.weighted,
         )
+
+    def _is_far(self, chains: Chains) -> bool:
+        """Whether some chains have no weights and start at the base: then all move longer.
+
+        They have no other way to reach the model before their first gradient.
+        """
+        if self.weighted or self.start == "data":
+            return False
+        return self.chains is None or (self.persistent and bool((chains.age == 0).any()))
 
     def _fresh(self, negatives: Negatives, data: Tensor | None) -> Chains:
         """Start all chains, with the step that was adapted before."""
