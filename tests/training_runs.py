@@ -164,12 +164,102 @@ def score():
     return monitor
 
 
+class Precision(nn.Module):
+    """E = |A (x - m)|^2 / 2, a Gaussian of many dimensions."""
+
+    def __init__(self, dim=20):
+        super().__init__()
+        self.root, self.mean = nn.Parameter(torch.eye(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        return 0.5 * ((x - self.mean) @ self.root).square().sum(-1)
+
+
+def wide(n):
+    """Draw points of 20 components, of different widths."""
+    return 1.0 + torch.randn(n, 20) * torch.linspace(0.5, 2.0, 20)
+
+
+def persistent(energy, base, start, num_steps, kernel=None, **options):
+    """Negatives of ebm.Negatives, with their record of moves."""
+    sampler = ebm.Negatives(energy, base, kernel, num_steps, **options)
+    chains = [sampler.init(start)]
+
+    def negatives(x):
+        chains[0], moved = sampler.step(chains[0])
+        return moved.x, moved
+
+    return negatives
+
+
+def gaussian_persistent():
+    """A Gaussian of 20 dimensions on a flat base, which leaves the normaliser to the energy."""
+    energy, base = Precision(), ebm.Flat((20,))
+    chains = persistent(energy, base, torch.randn(256, 20), 5)
+    monitor = ebm.Monitor(energy, base)
+    return learn(monitor, energy, lambda: wide(128), chains, 100, adam(energy, 1e-2))
+
+
+def gaussian_from_data():
+    """The same by contrastive divergence of five moves from the data."""
+    energy, base = Precision(), ebm.Flat((20,))
+    sampler = ebm.Negatives(energy, base, kernels.mala, 5, step_size=0.05)
+
+    def negatives(x):
+        moved = sampler.step(sampler.init(x))[1]
+        return moved.x, moved
+
+    monitor = ebm.Monitor(energy, base)
+    return learn(monitor, energy, lambda: wide(128), negatives, 100, adam(energy, 5e-3))
+
+
+def noise_contrast():
+    """An MLP against noise."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    u = potential(energy, base)
+    loss = lambda x, noise: losses.noise_contrastive(u, x, noise, base)
+    noise = lambda x: (base.sample((256,)), None)
+    monitor = ebm.Monitor(energy, base)
+    return learn(monitor, energy, lambda: ring(256), noise, 100, adam(energy), loss)
+
+
+def chain_of_spins(n, num_spins=10):
+    """Draw spins that agree with their left neighbour with a probability of .8."""
+    turns = (torch.rand(n, num_spins) < 0.2).cumsum(-1)
+    first = torch.rand(n, 1) < 0.5
+    return ((turns + first) % 2).to(torch.get_default_dtype())
+
+
+def spins():
+    """An Ising model by its pseudo-likelihood, with the exact likelihood of held-out rows."""
+    energy, base = ebm.zoo.Ising(10), ebm.Flat((10,), dist.constraints.boolean)
+    held_out = chain_of_spins(300)
+    monitor = ebm.Monitor(energy, base, held_out=held_out, log_partition=Exact())
+    loss = lambda x, _: losses.pseudo_likelihood(energy, x)
+    batch, none = lambda: chain_of_spins(128), lambda x: (None, None)
+    return learn(monitor, energy, batch, none, 100, adam(energy, 2e-2), loss)
+
+
+def small_batches():
+    """Eight data and eight chains at a time."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), normal()
+    chains = persistent(energy, base, 8, 10)
+    return learn(
+        ebm.Monitor(energy, base), energy, lambda: ring(8), chains, 100, adam(energy, 5e-4)
+    )
+
+
 SOUND = {
     "gaussian, exact negatives": gaussian_exact,
     "ring, persistent chains": ring_persistent,
     "ring, chains from data": ring_from_data,
     "RBM, persistent Gibbs": rbm_persistent,
     "ring, score matching": score,
+    "20 dimensions, persistent chains": gaussian_persistent,
+    "20 dimensions, chains from data": gaussian_from_data,
+    "ring, noise contrast": noise_contrast,
+    "spins, pseudo-likelihood": spins,
+    "ring, batches of eight": small_batches,
 }
 
 
@@ -329,6 +419,80 @@ def piecewise_linear():
     return learn(monitor, energy, lambda: ring(256), lambda x: (None, None), 60, optimizer, noise)
 
 
+def driven():
+    """A field far beyond the data's holds all spins up from step 30 on."""
+    energy, base = ebm.zoo.Ising(10), ebm.Flat((10,), dist.constraints.boolean)
+    chains, monitor = persistent(energy, base, 64, 1), ebm.Monitor(energy, base)
+    batch, optimizer = lambda: chain_of_spins(64), torch.optim.SGD(energy.parameters(), 1e-3)
+    learn(monitor, energy, batch, chains, 30, optimizer)
+    with torch.no_grad():
+        energy.field.fill_(30.0)
+    return learn(monitor, energy, batch, chains, 50, optimizer)
+
+
+def slopes():
+    """An MLP on a flat base: downhill without end in some directions."""
+    energy, base = ebm.zoo.MLPEnergy(2, (32, 32)), ebm.Flat((2,))
+    monitor, chains = ebm.Monitor(energy, base), persistent(energy, base, ring(64), 5)
+    return learn(monitor, energy, lambda: ring(64), chains, 25, adam(energy, 1e-4))
+
+
+def unstable():
+    """A concave energy of 20 dimensions, whose chains run away."""
+    energy = lambda x: -0.025 * x.square().sum(-1) * scale.exp()
+    scale = nn.Parameter(torch.zeros(()))
+    chains = Persistent(energy, torch.randn(64, 20), 10, step_size=0.1)
+    optimizer = torch.optim.SGD([scale], 1e-12)
+    return learn(ebm.Monitor(energy), energy, lambda: wide(64), chains, 75, optimizer)
+
+
+def wide_noise():
+    """Noise to contrast with that is far wider than the data."""
+    energy, noise = Precision(), normal(20, 60.0)
+    loss = lambda x, negatives: losses.noise_contrastive(energy, x, negatives, noise)
+    negatives = lambda x: (noise.sample((64,)), None)
+    batch, optimizer = lambda: wide(64), adam(energy, 1e-3)
+    return learn(ebm.Monitor(energy), energy, batch, negatives, 50, optimizer, loss)
+
+
+def coin_flips():
+    """An RBM is to tell two patterns from coin flips, which are no negatives of its own."""
+    rbm, base = ebm.zoo.RBM(64, 16), ebm.Flat((64,), dist.constraints.boolean)
+    coins = lambda: torch.bernoulli(torch.full((64, 64), 0.5))
+    patterns = coins()[:2].repeat(32, 1)
+    batch = lambda: (patterns - torch.bernoulli(torch.full((64, 64), 0.05))).abs()
+    optimizer = torch.optim.SGD(rbm.parameters(), 0.05)
+    return learn(ebm.Monitor(rbm, base), rbm, batch, lambda x: (coins(), None), 75, optimizer)
+
+
+def restarted():
+    """Chains of ebm.Negatives start anew from a wide base, and are on their way when they end."""
+    energy, base = Precision(), normal(20, 5.0)
+    chains = persistent(energy, base, 128, 8, kernels.mala, step_size=0.01, restart=1.0)
+    monitor = ebm.Monitor(energy, base)
+    return learn(monitor, energy, lambda: wide(64), chains, 50, adam(energy, 1e-3))
+
+
+def cold_spins():
+    """Neighbours are tied so strongly that no flip is accepted."""
+    tie = torch.diag(torch.full((9,), 60.0), 1)
+    energy, base = ebm.zoo.Ising(10, tie + tie.T), ebm.Flat((10,), dist.constraints.boolean)
+    flips = lambda u: kernels.metropolis_flips(u, torch.tensor([0.0, 1.0]))
+    chains = persistent(energy, base, chain_of_spins(64, 1).expand(64, 10), 5, flips)
+    batch, optimizer = lambda: chain_of_spins(64), torch.optim.SGD(energy.parameters(), 1e-3)
+    return learn(ebm.Monitor(energy, base), energy, batch, chains, 50, optimizer)
+
+
+def few_rows():
+    """An Ising model by the exact likelihood of fifteen rows."""
+    energy, base = ebm.zoo.Ising(10), ebm.Flat((10,), dist.constraints.boolean)
+    rows, d = chain_of_spins(15), ebm.GibbsBoltzmann(energy, base, log_partition=Exact())
+    monitor = ebm.Monitor(d, held_out=chain_of_spins(500), log_partition=Exact(), slow=25)
+    loss = lambda x, _: -d.log_prob(x).mean()
+    none = lambda x: (None, None)
+    return learn(monitor, energy, lambda: rows, none, 100, adam(energy, 0.03), loss)
+
+
 # The run, its kind, and the step after which it fails.
 FAILING = {
     "blow-up": (blow_up, "blow-up", 25),
@@ -346,4 +510,12 @@ FAILING = {
     "cold": (cold, "temperature", 0),
     "canyon": (canyon, "curvature", 0),
     "piecewise linear": (piecewise_linear, "curvature", 0),
+    "spins driven up": (driven, "saturated", 30),
+    "slopes on a flat base": (slopes, "runaway", 0),
+    "unstable in 20 dimensions": (unstable, "runaway", 0),
+    "noise too wide": (wide_noise, "far", 0),
+    "coin flips": (coin_flips, "gap", 0),
+    "restarted chains": (restarted, "short", 0),
+    "cold spins": (cold_spins, "frozen", 0),
+    "few rows": (few_rows, "overfitting", 0),
 }
