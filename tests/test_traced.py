@@ -6,6 +6,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 import pyro_ebm as ebm
+from pyro_ebm import _traced
 from pyro_ebm.kernels import hmc, mala, nuts, ula, underdamped
 from pyro_ebm.losses import contrastive_divergence
 from tests.common import EXACT
@@ -111,6 +112,13 @@ def new_weights(energy, i):
 
 def test_parameters_that_are_new_are_seen():
     assert_same(learned("traced", change=new_weights)[0], learned("eager", change=new_weights)[0])
+
+
+def test_a_stale_trace_would_be_seen(monkeypatch):
+    eager, _ = learned("eager", change=new_weights)
+    monkeypatch.setattr(_traced, "_same", lambda *_: True)
+    stale, _ = learned("traced", change=new_weights)
+    assert not torch.allclose(stale.energy, eager.energy)
 
 
 def weaker(energy, i):
