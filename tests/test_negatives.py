@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_ebm as ebm
 from pyro_ebm import checkpoint
+from pyro_ebm._math import mean_weight
 from pyro_ebm.kernels import (
     augmented,
     discrete_mala,
@@ -24,6 +25,7 @@ from pyro_ebm.kernels import (
     underdamped,
 )
 from pyro_ebm.negatives import split_r_hat
+from pyro_ebm.partition import Exact, Quadrature
 from tests.common import EXACT, FAR, NUMERIC
 
 KERNELS = {
@@ -105,6 +107,58 @@ def test_weights_give_log_z_while_parameters_move_and_chains_restart(device):
         error = (chains.variance + 1 / ess - 1 / 4000).sqrt()
         assert abs(value + 0.5 * math.log1p(4 * k)) < FAR * error
     assert chains.variance > 0  # it has been resampled
+
+
+class Coupled:
+    """A double well on the line, or coupled bits, whose parameters follow a path."""
+
+    def __init__(self, finite):
+        self.t, self.finite, self.coupling = 0.0, finite, torch.randn(4, 4)
+        self.base = ebm.Flat((4,), constraints.boolean) if finite else normal()
+
+    def __call__(self, x):
+        if self.finite:
+            return -2 * self.t * ((x @ self.coupling) * x).sum(-1)
+        return self.t * ((x.square() - 1 - self.t).square() + x).sum(-1)
+
+    def log_z(self):
+        method = Exact() if self.finite else Quadrature(-12.0, 12.0, 400)
+        return ebm.log_partition(ebm.GibbsBoltzmann(self, self.base), method).value
+
+
+EXACT_KERNELS = {
+    "mala": {"kernel": mala, "step_size": 0.2},
+    "hmc": {"kernel": lambda u, eps: hmc(u, eps, 3), "step_size": 0.3},
+    "restarted": {"kernel": mala, "step_size": 0.2, "restart": 0.1},
+    "gibbs": {},
+    "flips": {"kernel": lambda u: metropolis_flips(u, torch.tensor([0.0, 1.0])), "restart": 0.1},
+}
+
+
+@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize("name", EXACT_KERNELS)
+def test_the_weights_of_a_few_chains_are_z_on_average(name, fault, monkeypatch):
+    """Also far from equilibrium, and after resampling: 2,000 repetitions of six chains."""
+    if fault:  # resampling that puts no log Z aside
+
+        def forgetful(log_weight):
+            value, *rest = mean_weight(log_weight)
+            return torch.zeros_like(value), *rest
+
+        monkeypatch.setattr(ebm.negatives, "mean_weight", forgetful)
+    energy = Coupled(name in ("gibbs", "flips"))
+    options = {"num_steps": 1, "weighted": True, **EXACT_KERNELS[name]}
+    many = ebm.GibbsBoltzmann(energy, energy.base).expand((2000,))
+    negatives = ebm.Negatives(many, **options)
+    chains, worst = negatives.init(6), 0.0
+    for t in torch.linspace(0.05, 0.8, 12).tolist():
+        energy.t = t
+        chains, _ = negatives.step(chains)
+        log_z = chains.offset + chains.log_weight.logsumexp(0) - math.log(6)
+        ratio = (log_z - energy.log_z()).exp()
+        worst = max(worst, float((ratio.mean() - 1).abs() / ratio.std() * math.sqrt(2000)))
+    assert (chains.variance > 0).any()  # some have been resampled
+    assert (worst > FAR) == fault
 
 
 def test_weights_that_forget_the_offset_are_seen(device, monkeypatch):
