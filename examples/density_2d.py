@@ -2,8 +2,8 @@
 
 An MLP learns the energy of a ring by Pyro's stock SVI: the log_partition of the observed site is
 Contrastive, persistent MALA chains whose weights follow log Z. In two dimensions log Z is also a
-sum over a grid, so every number printed can be trusted: the true negative log-likelihood, that
-of the learned energy on fresh data, and log Z by the grid and by the chains.
+sum over a grid, so every number printed can be trusted: the true negative log-likelihood (2.0500),
+that of the learned energy on fresh data, and log Z by the grid and by the chains.
 
     python examples/density_2d.py --plot density_2d.png
 """
@@ -33,6 +33,14 @@ def ring(n):
 def true_log_prob(x):
     radius = x.norm(dim=-1)
     return dist.Normal(RADIUS, WIDTH).log_prob(radius) - (2 * math.pi * radius).log()
+
+
+def entropy():
+    """Return the negative log-likelihood of the true density itself, by a grid."""
+    axis = torch.linspace(-4.0, 4.0, 800, dtype=torch.float64)
+    log_prob = true_log_prob(torch.cartesian_prod(axis, axis))
+    mass = log_prob.exp() * (axis[1] - axis[0]) ** 2
+    return -(mass * log_prob).sum().item()
 
 
 def learn(energy, base, args):
@@ -92,10 +100,9 @@ def plot(path, energy, base, history):
     axes[2].set(title="samples by d.sample", aspect="equal", xlim=extent[:2], ylim=extent[2:])
     axes[2].set(xlabel="$x_1$", ylabel="$x_2$")
     steps, loss, exact, _ = zip(*history, strict=True)
-    entropy = -true_log_prob(ring(100_000)).mean()
     axes[3].plot(steps, loss, ".-", color="0.6", label="loss, log Z by the chains")
     axes[3].plot(steps, exact, ".-", color="#08519c", label="fresh data, log Z by the grid")
-    axes[3].axhline(entropy, color="k", linestyle="--", label="the truth")
+    axes[3].axhline(entropy(), color="k", linestyle="--", label="the truth")
     axes[3].set(title="negative log-likelihood in nats", xlabel="step", ylim=(1.6, 3.6))
     axes[3].legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -107,7 +114,7 @@ def main(args):
     energy = ebm.zoo.MLPEnergy(2, (args.hidden, args.hidden))
     learned, negatives, history = learn(energy, base, args)
     nll, log_z = evaluate(learned, base, 100_000)
-    truth = -true_log_prob(ring(100_000)).mean().item()
+    truth = entropy()
     print(f"negative log-likelihood {nll:.4f} nats, of the true density {truth:.4f}: ", end="")
     print(f"gap {nll - truth:.4f}")
     print(f"log Z of it by the grid {log_z:.3f}; the chains accepted {negatives.accept_rate:.0%}")

@@ -18,6 +18,7 @@ SMALL = {
     "ring.py": "--chains 4 --draws 40 --warmup 40 --plot ring.png",
     "training_monitor.py": "--steps 30 --batch 32 --chains 32 --moves 2 --hidden 8 --plot m.png",
     "density_2d.py": "--steps 20 --batch 16 --chains 32 --hidden 8 --plot density.png",
+    "two_moons.py": "--steps 20 --batch 16 --hidden 8 --test 100 --plot moons.png",
 }
 
 WARNINGS = [
