@@ -143,27 +143,41 @@ def scoring() -> tuple[str, dict[str, Any]]:
     return "a GibbsBoltzmann distribution", {}
 
 
+def _importance_frame() -> FrameType | None:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "get_importance_trace":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame
+
+
+def scored_latents(in_plates: bool = False) -> list[str]:
+    """Name the latents, of plates or all, whose guide learns by the score function."""
+    frame = _importance_frame()
+    nodes = {} if frame is None else frame.f_locals["guide_trace"].nodes
+    return [
+        name
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+        if not (getattr(node["fn"], "has_rsample", False) or "_enumerate_dim" in node["infer"])
+        if node["cond_indep_stack"] or not in_plates
+        if node["fn"].log_prob(node["value"]).requires_grad
+    ]
+
+
 def needs_all_values() -> str:
     """Say which part of Pyro compares log-densities of different latents, if one does: ``""``.
 
     Its weights, or its gradients by the score function, would lack what log Z changes.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "get_importance_trace":
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = _importance_frame()
     if frame is None:
         return ""
-    nodes = frame.f_locals["guide_trace"].nodes.items()
-    latent = {n: m for n, m in nodes if m["type"] == "sample" and not m["is_observed"]}
+    nodes = frame.f_locals["guide_trace"].nodes.values()
     caller = frame.f_back.f_globals["__name__"] if frame.f_back else ""
-    if latent and caller in ("pyro.infer.renyi_elbo", "pyro.infer.rws"):
+    weighs = caller in ("pyro.infer.renyi_elbo", "pyro.infer.rws")
+    if weighs and any(n["type"] == "sample" and not n["is_observed"] for n in nodes):
         return f"{caller}, which weighs draws,"
-    scored = [
-        name
-        for name, node in latent.items()
-        if not (getattr(node["fn"], "has_rsample", False) or "_enumerate_dim" in node["infer"])
-        and node["fn"].log_prob(node["value"]).requires_grad
-    ]
+    scored = scored_latents()
     return f"the score function of the guide's {_list(scored)}" if scored else ""
 
 

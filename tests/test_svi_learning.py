@@ -1,5 +1,6 @@
 """Learning through Pyro's SVI: negatives as a log Z, and losses in the place of an ELBO."""
 
+import contextlib
 import math
 
 import pyro
@@ -643,6 +644,41 @@ def test_a_mean_over_all_points_refuses_masks_and_enumeration():
     for model in (masked, enumerated):
         with pytest.raises(NotImplementedError, match="site 'x': a loss is one mean"):
             EnergyLoss(score_matching, elbo=elbo)(model, lambda: None)
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_a_score_function_has_the_loss_of_all_rows_only(of_rows):
+    """A latent of each row would learn from the mean over all: an nth of its own loss."""
+    x, q = torch.randn(12, 1), torch.tensor(0.3, requires_grad=True)
+
+    def z():
+        return pyro.sample("z", dist.Bernoulli(0.5))
+
+    def model():
+        outside = None if of_rows else z()
+        with pyro.plate("n", 12):
+            scale = 1 + (z() if of_rows else outside)
+            energy = ebm.Given(lambda x, k: k * x.square().sum(-1), scale)
+            pyro.sample("x", ebm.GibbsBoltzmann(energy, ebm.Flat((1,))), obs=x)
+
+    def guide():
+        with pyro.plate("n", 12) if of_rows else contextlib.nullcontext():
+            pyro.sample("z", dist.Bernoulli(q))
+
+    def loss(u, x):
+        return u(x).mean()
+
+    def step():
+        return torch.autograd.grad(EnergyLoss(loss)(model, guide), q)[0]
+
+    if of_rows:
+        with pytest.raises(NotImplementedError, match="score function of the guide's z cannot"):
+            step()
+        return
+    slopes = torch.stack([step() for _ in range(400)])
+    prior = q.detach().log() - (1 - q.detach()).log()  # the slope of the divergence of Bernoullis
+    truth = x.square().sum() + prior
+    assert abs(slopes.mean() - truth) < FAR * slopes.std() / 20
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, ELBOS["TraceEnum"], TraceMeanField_ELBO])

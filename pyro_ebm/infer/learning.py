@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_ebm._guard import scored_latents, scoring
 from pyro_ebm.distribution import GibbsBoltzmann
 
 
@@ -32,6 +33,11 @@ class _Scored(TorchDistribution):
         return _Scored(self.d.expand(torch.Size(batch_shape)), self.loss)
 
     def log_prob(self, x: Tensor) -> Tensor:
+        if scored := scored_latents(in_plates=True):
+            raise NotImplementedError(
+                f"{scoring()[0]}: a loss is one mean over all points, by which the score function "
+                f"of the guide's {', '.join(scored)} cannot learn row by row"
+            )
         # Plates repeat the distribution: noise and perturbed points come in other numbers.
         value = self.loss((self.d._origin or self.d).potential, x)
         if value.dim():
@@ -69,8 +75,8 @@ class EnergyLoss:
     of :mod:`pyro_ebm.losses`, stands for minus the mean log-density of its :math:`N_s` points;
     its potential has the parameters and latents of this trace. Such losses need no log Z, so that
     no ``log_partition`` is asked for there. The other sites, and the guide, enter by their ELBO.
-    Plates that subsample scale the loss: the gradient is right on average. Masks, and latents
-    that are enumerated, are refused.
+    Plates that subsample scale the loss: the gradient is right on average. Masks, latents
+    that are enumerated, and those of rows whose guide is not reparametrised, are refused.
 
     Args:
         loss: Maps a potential and the observed points ``(*batch, *event)`` to a scalar, a mean
