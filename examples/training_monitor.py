@@ -47,26 +47,41 @@ def learn(args, noise_scale, moves):
     return monitor
 
 
+PANELS = {  # title, unit, and between what a sound run stays
+    "loss": ("the loss, which tells nothing", "nats", None),
+    "gap": ("energies of negatives less the data's", "sd", (-3.0, 3.0)),
+    "movement": ("movement of a chain in one step", "spreads of the data", None),
+    "held_out": ("exact held-out log-likelihood", "nats", None),
+}
+
+
 def compare(monitors, path):
-    """Draw both runs in one picture: energies, gap, movement and the exact likelihood."""
+    """Draw both runs in one picture, with a line where a warning was first given."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {
-        "gap of the energies in sd": "gap",
-        "movement of chains, in spreads of the data": "movement",
-        "exact held-out log-likelihood": "held_out",
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for panel, (title, name) in zip(axes, panels.items(), strict=True):
-        for label, monitor in monitors.items():
-            steps, values = monitor.history["step"], monitor.history[name]
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6), layout="constrained", sharex=True)
+    colours = dict(zip(monitors, ("#0072b2", "#d55e00"), strict=True))
+    for axes, (number, (title, unit, sound)) in zip(grid.flat, PANELS.items(), strict=True):
+        for name, monitor in monitors.items():
+            steps, values = monitor.history["step"], monitor.history[number]
             known = [(s, v) for s, v in zip(steps, values, strict=True) if v == v]
-            panel.plot(*zip(*known, strict=True), ".-", label=label)
-        panel.set(title=title, xlabel="step")
-    axes[0].legend(frameon=False)
+            axes.plot(*zip(*known, strict=True), ".-", color=colours[name], label=name)
+        if sound:
+            axes.axhspan(*sound, color="0.93", zorder=0)
+        axes.set(title=title, ylabel=unit)
+    for name, monitor in monitors.items():
+        first = {w.kind: w.step for w in reversed(monitor.warnings)}
+        for kind, step in first.items():
+            for axes in grid.flat:
+                axes.axvline(step, color=colours[name], linestyle="--", linewidth=1)
+            grid[0, 1].text(step, -2.7, f' "{kind}"', color=colours[name], rotation=90)
+    grid[1, 0].set_ylim(bottom=0.0)
+    grid[0, 0].legend(frameon=False)
+    for axes in grid[1]:
+        axes.set_xlabel("step")
     figure.savefig(path, dpi=110)
 
 

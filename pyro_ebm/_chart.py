@@ -81,7 +81,8 @@ def draw(history: History, marks: Mapping[int, str]) -> Any:
         for step in marks:
             axes.axvline(step, color="#d55e00", linewidth=0.8, linestyle="--")
         axes.set(title=title, yscale="log" if names[0] in LOGARITHMIC else "linear")
-        axes.legend(frameon=False, fontsize="small")
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize="small")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[max(len(panels) - 2, 0) : len(panels)]:

@@ -68,11 +68,12 @@ class Monitor:
     a GPU, waits for nothing. The kinds:
 
     * ``"not finite"``: stops with a :class:`TrainingError` that names rows, or skips;
-    * ``"blow-up"``: energies or gradients grow exponentially;
+    * ``"blow-up"``: the energies of data are far beyond those of any sound run;
     * ``"frozen"``, ``"saturated"``: chains do not move, or stick at walls or at one value;
-    * ``"runaway"``: no normaliser; negatives run away while their energy falls;
+    * ``"runaway"``: no normaliser; negatives run away to lower energies than the data's, or,
+      on a flat base, the energy grows too little far out;
     * ``"far"``, ``"gap"``: negatives three times farther out than the data reach, or their mean
-      energy more than 3 sd from that of the data;
+      energy, under weights where they have any, more than 3 sd from that of the data;
     * ``"flat"``: the energy is the same everywhere;
     * ``"short"``: too few moves for the mixing time: the energy still drifts in the second half
       of the moves, or persistent chains hardly move;
@@ -95,8 +96,9 @@ class Monitor:
             :class:`~pyro_ebm.partition.Annealed`, gives log Z from both sides. That from above
             needs exact samples, or ends of long runs for it to ``start`` from: where these miss
             a mode it is too low.
-        every: The steps from look to look. A look takes about a millisecond, or a fifth of a
-            gradient of a large batch: 2 per cent where a step takes 2 milliseconds or more.
+        every: The steps from look to look. On one core a look takes .4 (an RBM) to 1 ms (a
+            network, with its curvature), a step between looks a microsecond: in all 2 per cent
+            of steps of 2 ms. Where steps are faster, take more of them.
         slow: The steps from one log Z to the next.
         on_nan: ``"raise"`` stops at what is not finite. ``"skip"`` warns, counts in
             ``skipped``, and :meth:`update` returns False; it looks at loss and gradients at
