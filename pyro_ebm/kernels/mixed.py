@@ -142,13 +142,13 @@ def augmented(
     def init(position: Tensor) -> PointState:
         return PointState(position, energy(position))
 
+    @torch.no_grad()
     def step(state: PointState) -> tuple[PointState, MoveInfo]:
-        with torch.no_grad():
-            x = state.position
-            for _ in range(num_sweeps):
-                x = point(latent(x))
-            new = init(x)
-        ones = torch.ones_like(new.energy)
-        return new, MoveInfo(new.energy, ones, ones.bool(), impossible(new.energy))
+        x = state.position
+        for _ in range(num_sweeps):
+            x = point(latent(x))
+        value = energy(x)
+        ones = torch.ones_like(value)
+        return PointState(x, value), MoveInfo(value, ones, ones.bool(), impossible(value))
 
     return Kernel(init, step)
