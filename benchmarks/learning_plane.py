@@ -25,7 +25,7 @@ from benchmarks.plane_peers import PEERS
 from pyro_ebm.partition import Contrastive, Quadrature
 
 OLD = ("ring", "moons")
-BEST = ("energy discrepancy", "maximum likelihood, importance")
+BEST = ("energy discrepancy", "noise contrast")
 
 
 def row(name, who, method, seconds, seed=0):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.densities import DENSITIES, table
 
@@ -93,6 +94,7 @@ def test_a_density_of_the_benchmark_is_that_of_its_draws(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["learning_plane", "learning_cost", "learning_discrete"])
 def test_a_part_of_the_learning_benchmarks_runs(part):
+    torch.set_default_dtype(torch.float32)  # as by its command line; the fixture sets it back
     rows = importlib.import_module(f"benchmarks.{part}").run(True)
     assert rows
     for row in rows:
