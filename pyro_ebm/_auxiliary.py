@@ -297,12 +297,14 @@ class _Draws:
 
 
 def _at(potential: Callable[..., Tensor], z: Tensor, num_dims: int) -> Energy:
-    """The potential of points with a leading dimension of trials, as Gibbs sampling asks for."""
+    """The potential of points with leading dimensions of trials, as Gibbs sampling asks for."""
 
     def energy(x: Tensor) -> Tensor:
-        if x.dim() == num_dims + 1:
+        trials = x.shape[: x.dim() - num_dims - 1]
+        if not trials:
             return potential(z, x)
-        return potential(z, x.movedim(0, 1)).movedim(1, 0)
+        value = potential(z, x.flatten(0, len(trials) - 1).movedim(0, 1)).movedim(1, 0)
+        return value.reshape(*trials, *value.shape[1:])
 
     return energy
 
