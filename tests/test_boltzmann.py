@@ -1,12 +1,15 @@
 """Boltzmann machines against the sum over all states."""
 
+import math
+
 import pytest
 import torch
 from pyro.distributions import constraints
 
 import pyro_ebm as ebm
-from pyro_ebm.zoo import RBM, Potts, boltzmann
-from tests.common import EXACT
+from pyro_ebm.kernels import gibbs
+from pyro_ebm.zoo import RBM, Ising, Potts, boltzmann
+from tests.common import EXACT, FAR
 
 
 def machine(num_visible, num_hidden):
@@ -66,3 +69,17 @@ def test_couplings_and_fields_of_the_wrong_shape_are_refused():
         Potts(3, 2, field=torch.zeros(3))
     with pytest.raises(ValueError, match="num_sites and num_states must be positive, got 0, 2"):
         Potts(0, 2)
+
+
+def test_spins_without_couplings_follow_twice_their_fields():
+    # The energies of s = -1 and 1 differ by 2 h: sigmoid(h) = .622 would be the fault.
+    ising = Ising(1, field=torch.tensor([0.5]))
+    d = ebm.GibbsBoltzmann(ising, ebm.Flat((1,), constraints.boolean), 1.0)
+    share = d.sample((100_000,)).mean().item()
+    kernel = gibbs(ising, torch.tensor([0.0, 1.0]), blocks=[torch.tensor([True])])
+    swept = kernel.step(kernel.init(torch.zeros(100_000, 1)))[0].position.mean().item()
+    exact = 1 / (1 + math.exp(-1.0))  # .731
+    error = math.sqrt(exact * (1 - exact) / 100_000)
+    assert abs(share - exact) < FAR * error
+    assert abs(swept - exact) < FAR * error
+    assert abs(1 / (1 + math.exp(-0.5)) - exact) > 10 * FAR * error  # it would be seen
