@@ -173,8 +173,9 @@ def energy_discrepancy(
     move from state to state. With :math:`w = 1` it is, up to ``log M``, the
     :func:`ranking_noise_contrastive` of the posterior of ``x`` given ``y``, whose noise is the
     move from ``y``: least at the truth for every M. With another :math:`w` that holds for
-    :math:`M \to \infty` only, and with none the loss runs away where M is small. ``n (M + 1)``
-    energies, no derivatives in the points.
+    :math:`M \to \infty` only, and with none the loss runs away where M is small. It does not see
+    what lies farther from the data than the moves reach: low energies that grow there show in an
+    exact likelihood only. ``n (M + 1)`` energies, no derivatives in the points.
 
     Args:
         energy: Maps points ``(*batch, *event)`` to energies ``(*batch,)``.

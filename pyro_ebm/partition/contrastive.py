@@ -39,8 +39,10 @@ class Contrastive:
     (Jarzynski): the weights make up for the chains' lag behind the moving parameters, and the
     mean weight of one half of the chains, which does not feed the gradient, estimates log Z
     itself, so that the loss is a likelihood. Its error grows with the length of the training and
-    is reported. Otherwise there is no value: the loss is the difference of mean energies, which
-    says nothing about progress, and evaluation under ``torch.no_grad`` warns.
+    is reported; where chains do not cross from mode to mode it is too small, since it does not
+    count that resampled chains have ancestors in common. Otherwise there is no value: the loss is
+    the difference of mean energies, which says nothing about progress, and evaluation under
+    ``torch.no_grad`` warns.
 
     A conditional energy has chains for each row of its batch. Under a plate that subsamples they
     belong to the rows of the data, and each goes on when its row is drawn; where rows change and
