@@ -123,12 +123,12 @@ def _will_run(node: Any) -> bool:
         return True
 
 
-def _is_running(name: str) -> bool:
-    """Whether a function of some name is being executed."""
+def _running(name: str) -> FrameType | None:
+    """Return the frame of a function of some name that is being executed, if there is one."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != name:
         frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
+    return frame
 
 
 def scoring() -> tuple[str, dict[str, Any]]:
@@ -143,16 +143,9 @@ def scoring() -> tuple[str, dict[str, Any]]:
     return "a GibbsBoltzmann distribution", {}
 
 
-def _importance_frame() -> FrameType | None:
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "get_importance_trace":
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame
-
-
 def scored_latents(in_plates: bool = False) -> list[str]:
     """Name the latents, of plates or all, whose guide learns by the score function."""
-    frame = _importance_frame()
+    frame = _running("get_importance_trace")
     nodes = {} if frame is None else frame.f_locals["guide_trace"].nodes
     return [
         name
@@ -169,7 +162,7 @@ def needs_all_values() -> str:
 
     Its weights, or its gradients by the score function, would lack what log Z changes.
     """
-    frame = _importance_frame()
+    frame = _running("get_importance_trace")
     if frame is None:
         return ""
     nodes = frame.f_locals["guide_trace"].nodes.values()
@@ -256,7 +249,7 @@ def check_not_transformed(caller: FrameType) -> None:
     transforms = caller.f_locals["self"].transforms
     parts = [part for t in transforms for part in (t, *vars(t).values())]
     learned = (isinstance(p, nn.Module) or getattr(p, "requires_grad", False) for p in parts)
-    if any(learned) and _is_running("compute_score_parts"):
+    if any(learned) and _running("compute_score_parts"):
         raise NotImplementedError(
             "a guide cannot learn to transform draws of a GibbsBoltzmann, which are not "
             "reparametrised. Instead of AutoRegressiveMessenger use AutoNormalMessenger, or "

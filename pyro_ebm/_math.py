@@ -74,6 +74,15 @@ def soft_minimum(
     return torch.where(small, series, direct)
 
 
+def weighted_mean(value: Tensor, log_weight: Tensor) -> Tensor:
+    """Return the mean over the first dimension, under weights that are made to sum to one.
+
+    What has no weight is left out, also where it is infinite.
+    """
+    weight = log_weight.detach().softmax(0)
+    return (weight * torch.where(weight == 0, 0.0, value)).sum(0)
+
+
 def mean_weight(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Average importance weights, stacked in the first dimension.
 

@@ -27,6 +27,7 @@ from pyro_ebm._measure import (
 from pyro_ebm._signs import find
 from pyro_ebm.distribution import Flat, GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import Energy, describe
+from pyro_ebm.flat import atom
 from pyro_ebm.kernels.base import check_count
 from pyro_ebm.partition import log_partition as estimate
 
@@ -390,9 +391,7 @@ def _finite(value: Tensor | float | None) -> bool:
 
 def _walls(base: Any) -> tuple[Any, Any]:
     """Return the ends of a base's support where it is a box, else None."""
-    support: Any = getattr(base, "support", None)
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = None if base is None else atom(base.support)
     return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_ebm._math import weighted_mean
 from pyro_ebm.energy import Energy, describe, value_and_grad
 
 
@@ -89,12 +90,6 @@ def check_weights(energy: Energy, value: Tensor, log_weight: Tensor) -> None:
         )
 
 
-def weighted_mean(value: Tensor, log_weight: Tensor) -> Tensor:
-    """Return the mean over the first dimension, under weights that are made to sum to one."""
-    weight = log_weight.detach().softmax(0)
-    return (weight * torch.where(weight == 0, 0.0, value)).sum(0)
-
-
 def energies_of_answers(
     energy: Energy, x: Tensor, y: Tensor, answers: Tensor, radius: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +119,23 @@ def energies_of_answers(
     return right, torch.where(distance > radius, value, torch.inf)
 
 
+def frozen(energy: Energy) -> Energy:
+    """Return the energy with a graph to its points alone, and none to its parameters.
+
+    Whatever kind of callable it is.
+    """
+
+    def without_parameters(x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            with torch.no_grad():
+                return energies(energy, x)
+        value, grad = value_and_grad(lambda y: energies(energy, y), x)
+        carried = grad * (x - x.detach())  # zero
+        return value + carried.reshape(*value.shape, -1).sum(-1)
+
+    return without_parameters
+
+
 def free_energy_of(energy: Energy, negatives: Tensor, entropy: Tensor) -> Tensor:
     r"""Return the free energy of a law by its draws: its divergence from the model, less log Z.
 
@@ -140,10 +152,7 @@ def free_energy_of(energy: Energy, negatives: Tensor, entropy: Tensor) -> Tensor
         raise ValueError("negatives must carry the graph of how they were made, got none")
     if isinstance(entropy, Tensor) and entropy.dim():
         raise ValueError(f"entropy must be a scalar, got the shape {tuple(entropy.shape)}")
-    check_points(negatives)
-    value, grad = value_and_grad(energy, negatives)
-    carried = (grad * (negatives - negatives.detach())).sum() / value.numel()  # zero
-    return value.mean() + carried - entropy
+    return frozen(energy)(negatives).mean() - entropy
 
 
 def nearest_neighbor_entropy(x: Tensor, num_neighbors: int = 1) -> Tensor:

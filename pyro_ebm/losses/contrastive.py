@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyro_ebm._math import weighted_mean
 from pyro_ebm.energy import Energy, describe
 from pyro_ebm.losses.base import (
     check_weights,
     energies,
     free_energy_of,
     mean_energy,
-    weighted_mean,
 )
 
 

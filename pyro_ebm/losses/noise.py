@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_ebm.energy import Energy, describe, value_and_grad
-from pyro_ebm.losses.base import energies
+from pyro_ebm.energy import Energy, describe
+from pyro_ebm.losses.base import energies, frozen
 
 
 def noise_contrastive(
@@ -114,8 +114,8 @@ def flow_contrastive(
         raise ValueError("negatives must carry the gradient of the noise: draw them by rsample")
     if isinstance(log_partition, Tensor):
         log_partition = log_partition.detach()
-    data = _log_ratio(_frozen(energy), x, noise, learn=True)
-    drawn = _log_ratio(_frozen(energy), negatives, noise, learn=True)
+    data = _log_ratio(frozen(energy), x, noise, learn=True)
+    drawn = _log_ratio(frozen(energy), negatives, noise, learn=True)
     return -_classify(data, drawn, log_partition)
 
 
@@ -239,19 +239,6 @@ def _log_ratio(energy: Energy, x: Tensor, noise: Any, *, learn: bool = False) ->
             f"{tuple(x.shape)}"
         )
     return -value - log_noise
-
-
-def _frozen(energy: Energy) -> Energy:
-    """Return the energy with a graph to its points alone, and none to its parameters."""
-
-    def frozen(x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            with torch.no_grad():
-                return energies(energy, x)
-        value, grad = value_and_grad(lambda y: energies(energy, y), x)
-        return value + (grad * (x - x.detach())).reshape(*value.shape, -1).sum(-1)
-
-    return frozen
 
 
 def _classify(data: Tensor, drawn: Tensor, log_partition: float | Tensor) -> Tensor:

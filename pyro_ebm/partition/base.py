@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_ebm._free import inside
 from pyro_ebm._guard import UnnormalizedError, UnnormalizedWarning, engine, scoring
 from pyro_ebm._guide import Draws
-from pyro_ebm._math import mean_weight
+from pyro_ebm._math import mean_weight, weighted_mean
 from pyro_ebm.distribution import GibbsBoltzmann, unvalidated
 from pyro_ebm.energy import describe
 
@@ -150,9 +150,7 @@ def surrogate(d: GibbsBoltzmann, value: Tensor, particles: Weighted) -> Tensor:
     value = value.detach()
     if not torch.is_grad_enabled():
         return value
-    share = torch.softmax(particles.log_weight.detach(), 0)
-    potential = d.potential(particles.x.detach())
-    mean = (share * torch.where(share > 0, potential, 0.0)).sum(0)
+    mean = weighted_mean(d.potential(particles.x.detach()), particles.log_weight)
     return value - (mean - mean.detach())
 
 

@@ -17,6 +17,7 @@ from pyro_ebm._guard import (
     needs_all_values,
     scoring,
 )
+from pyro_ebm._math import weighted_mean
 from pyro_ebm.distribution import Flat, GibbsBoltzmann
 from pyro_ebm.kernels.base import check_count, check_positive, check_share
 from pyro_ebm.kernels.langevin import ula
@@ -160,9 +161,7 @@ class Contrastive:
         self._check_site()
         chains, moved = self._advance(d, x)
         if chains.log_weight is not None:  # the first group feeds the gradient
-            share = torch.softmax(chains.log_weight[:, 0], 0)
-            potential = d.potential(moved.x[:, 0])  # perhaps infinite where there is no weight
-            surrogate = -(share * torch.where(share > 0, potential, 0.0)).sum(0)
+            surrogate = -weighted_mean(d.potential(moved.x[:, 0]), chains.log_weight[:, 0])
             parts = _estimate(chains)
             return parts._replace(value=parts.value + surrogate - surrogate.detach())
         if because := needs_all_values():
